@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``monai-cggm``: what is needed around ``python -m monai.bundle``, which trains, evaluates and infers."""
+
+from __future__ import annotations
+
+# The commands import what they need when they run: PyTorch and MONAI take seconds, `--help` should not.
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from monai_cggm import __version__
+from monai_cggm.errors import CaseError, DataError
+from monai_cggm.resources import share_path
+
+if TYPE_CHECKING:
+    from monai_cggm.data.checks import CaseReport
+    from monai_cggm.data.layouts import Case
+
+MODALITIES = "flair,t1ce,t1,t2"
+TABLE_WIDTH = 100
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Balanced training of multimodal MRI segmentation. Training itself runs with: "
+    'python -m monai.bundle run --config_file "$(monai-cggm path bundles/brats_cggm)/configs/train.yaml"',
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Source = Annotated[Path, typer.Argument(help="Folder of cases (searched through), or a datalist .json.")]
+Modalities = Annotated[str, typer.Option(help="Sequences, with commas between them.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="Label convention of every case: brats2018, brats2023, brats2024 or msd. By the ID otherwise."),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="List bad cases and go on without them.")]
+
+
+def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """End a command with one clear message and exit code 1 where the user's data or arguments are at fault."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except DataError as error:
+            for problem in error.problems:
+                typer.echo(problem, err=True)
+            many = len(error.problems)
+            _fail(f"{many} problems" if many > 1 else error.problems[0])
+        except (CaseError, ValueError, OSError) as error:
+            _fail(str(error))
+
+    return wrapped
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"monai-cggm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+@app.command()
+@_reports_errors
+def check(
+    source: Source,
+    modalities: Modalities = MODALITIES,
+    labels: Labels = None,
+    skip_bad: SkipBad = False,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Cases need no segmentation.")] = False,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="One sequence of a case is enough.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Cases read at a time.")] = min(4, os.cpu_count() or 1),
+) -> None:
+    """Read every case, print a table, and end with exit code 1 where a case is bad.
+
+    \b
+    Examples:
+      monai-cggm check BraTS2021_Training_Data
+      monai-cggm check BraTS2024 --labels brats2024
+      monai-cggm check new_patients --no-labels --allow-missing
+      monai-cggm check my_datalist.json --modalities flair,t1,t2
+    """  # noqa: D301
+    from monai_cggm.data.checks import format_conventions
+    from monai_cggm.data.layouts import find_cases
+
+    names = _names(modalities)
+    cases = find_cases(source, names, labels=labels)
+    reports = _check_all(cases, names, need_label=not no_labels, allow_missing=allow_missing, workers=workers)
+    _console().print(_table(reports))
+    bad = [report for report in reports if report.problems]
+    for report in bad:
+        for problem in report.problems:
+            typer.echo(f"case {report.case_id}: {problem}")
+    typer.echo(f"Label conventions: {format_conventions(reports)}")
+    if not bad:
+        typer.echo(f"{len(reports)} cases, no problem found")
+    elif skip_bad and len(bad) < len(reports):
+        typer.echo(f"{len(reports)} cases, {len(bad)} bad ones to be left out (--skip-bad)")
+    else:
+        _fail(f"{len(bad)} of {len(reports)} cases have problems")
+
+
+@app.command()
+@_reports_errors
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    cases: Annotated[int, typer.Option(min=1, help="How many.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed; the same seed makes the same cases.")] = 0,
+) -> None:
+    """Make brain phantoms with a tumour, in the BraTS folder layout.
+
+    \b
+    Example:
+      monai-cggm phantom demo_data --cases 12 --seed 0
+    """  # noqa: D301
+    from monai_cggm.data.phantom import write_phantoms
+
+    ids = write_phantoms(out, cases=cases, seed=seed, progress=True)
+    typer.echo(f"{len(ids)} cases in {out}: {ids[0]} to {ids[-1]}")
+
+
+@app.command()
+@_reports_errors
+def split(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    sizes: Annotated[str | None, typer.Option(help="Cases for train,validation,test; all cases together.")] = None,
+    fractions: Annotated[str, typer.Option(help="Shares of train,validation,test, without --sizes.")] = "0.7,0.15,0.15",
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    modalities: Modalities = MODALITIES,
+    labels: Labels = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Draw a split by patient and write it, so that several runs can use the same one.
+
+    \b
+    Examples:
+      monai-cggm split BraTS2018 split.json --seed 0
+      monai-cggm split brats_2mm split.json --sizes 23,5,5
+    """  # noqa: D301
+    from monai_cggm.data.checks import load_cases
+    from monai_cggm.data.splits import split_cases, write_split
+
+    items = load_cases(source, _names(modalities), labels=labels, skip_bad=skip_bad)
+    parts = split_cases(
+        items,
+        sizes=None if sizes is None else _numbers(sizes, int, "--sizes"),
+        fractions=_numbers(fractions, float, "--fractions"),
+        seed=seed,
+    )
+    write_split(parts, out, seed)
+    typer.echo(f"{out}: " + ", ".join(f"{part} {len(chosen)}" for part, chosen in parts.items()))
+
+
+@app.command()
+@_reports_errors
+def path(
+    name: Annotated[str, typer.Argument(help="What to find; without it, the folder that holds everything.")] = "",
+) -> None:
+    """Print where a bundle or configuration that comes with the package is.
+
+    \b
+    Example:
+      monai-cggm path bundles/brats_cggm
+    """  # noqa: D301
+    typer.echo(share_path(name))
+
+
+def _names(modalities: str) -> list[str]:
+    names = [name.strip() for name in modalities.split(",") if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"--modalities is {modalities!r}: expected different names such as {MODALITIES}")
+    return names
+
+
+N = TypeVar("N", int, float)
+
+
+def _numbers(text: str, kind: type[N], option: str) -> list[N]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} is {text!r}: expected three numbers with commas between them") from error
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    # A file or a pipe has no width of its own, and rich would take 80 columns.
+    console.width = min(console.width, TABLE_WIDTH) if console.is_terminal else TABLE_WIDTH
+    return console
+
+
+def _check_all(
+    cases: Sequence[Case], modalities: Sequence[str], *, need_label: bool, allow_missing: bool, workers: int
+) -> list[CaseReport]:
+    from monai_cggm.data.checks import check_case, repeated_ids
+
+    check_one = partial(check_case, modalities=modalities, need_label=need_label, allow_missing=allow_missing)
+    repeated = repeated_ids(cases)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True)) as progress, ThreadPoolExecutor(workers) as pool:
+        # Threads are enough: most of the time goes into gzip, which releases the interpreter.
+        reports = list(progress.track(pool.map(check_one, cases), total=len(cases), description="Reading"))
+    return [
+        report.with_problem(repeated[report.case_id]) if report.case_id in repeated else report for report in reports
+    ]
+
+
+def _table(reports: Sequence[CaseReport]) -> Table:
+    from monai_cggm.data.checks import format_shape
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("case", overflow="fold")
+    table.add_column("convention", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("spacing (mm)", no_wrap=True)
+    table.add_column("labels", no_wrap=True)
+    table.add_column("tumour voxels", justify="right")
+    table.add_column("problems", justify="right")
+    for report in reports:
+        table.add_row(
+            report.case_id,
+            report.convention or "unknown",
+            format_shape(report.shape) if report.shape else "-",
+            " ".join(f"{size:.4g}" for size in report.spacing) if report.spacing else "-",
+            " ".join(map(str, report.labels_found)) or "-",
+            "-" if report.tumour_voxels is None else f"{report.tumour_voxels:,}",
+            f"[bold red]{len(report.problems)}[/]" if report.problems else "0",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the files of a data set to samples: layouts, label maps, checks, splits, cached volumes and the demo phantom."""
+
+from __future__ import annotations
+
+from monai_cggm.data.checks import CaseReport, check_case, header_problems, load_cases
+from monai_cggm.data.labels import CONVENTIONS, LabelConvention, convention_for, to_classes, to_labels
+from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
+from monai_cggm.data.phantom import write_phantoms
+from monai_cggm.data.slices import EpochSampler, SliceDataset
+from monai_cggm.data.splits import split_cases, write_split
+from monai_cggm.data.volumes import cached_volumes
+
+__all__ = [
+    "CONVENTIONS",
+    "Case",
+    "CaseReport",
+    "EpochSampler",
+    "LabelConvention",
+    "SliceDataset",
+    "cached_volumes",
+    "check_case",
+    "convention_for",
+    "find_cases",
+    "header_problems",
+    "is_safe_id",
+    "load_cases",
+    "patient_of",
+    "split_cases",
+    "to_classes",
+    "to_labels",
+    "write_phantoms",
+    "write_split",
+]

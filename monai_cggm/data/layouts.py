@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the cases of a data set as it was released: a BraTS folder or a datalist with one path a sequence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai_cggm.data.labels import CONVENTIONS, convention_for
+from monai_cggm.errors import CaseError, DataError
+
+LABEL = "label"
+SECTIONS = ("training", "validation", "test")
+
+#: Endings of the file names of each sequence (BraTS 2018-2021 first, then BraTS 2023-2024), in lower case.
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "flair": ("flair", "t2f"),
+    "t1ce": ("t1ce", "t1c", "t1gd"),
+    "t1": ("t1", "t1n"),
+    "t2": ("t2", "t2w"),
+    LABEL: ("seg",),
+}
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_TIME_POINTS = (
+    re.compile(r"(?P<patient>brats1[789]_.+)_\d+", re.IGNORECASE),  # Brats18_CBICA_APZ_1
+    re.compile(r"(?P<patient>brats-[a-z]+-\d+)-\d+", re.IGNORECASE),  # BraTS-GLI-00000-000
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one case.
+
+    Attributes:
+        case_id: the ID, from the file names or the datalist's ``case`` field.
+        images: modality -> file, of the sequences that were found.
+        label: the segmentation, where there is one.
+        convention: name of the label convention (see :mod:`monai_cggm.data.labels`), None where nothing tells it.
+        patient: the patient, whose cases stay in one part of a split.
+        folder: where it was found, for error messages.
+        problems: what was odd in finding it, such as two files for one sequence.
+        strangers: other NIfTI files of its folder, which a missing sequence may be among.
+    """
+
+    case_id: str
+    images: Mapping[str, Path]
+    label: Path | None = None
+    convention: str | None = None
+    patient: str = ""
+    folder: Path | None = None
+    problems: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The case as an item of a MONAI datalist: ``case``, ``patient``, ``labels`` and one path a key.
+
+        Example:
+            >>> Case("Phantom_000", {"t1": Path("a_t1.nii.gz")}, convention="brats2018").as_dict()
+            {'case': 'Phantom_000', 'patient': 'Phantom_000', 'labels': 'brats2018', 't1': 'a_t1.nii.gz'}
+        """
+        item: dict[str, Any] = {
+            "case": self.case_id,
+            "patient": self.patient or patient_of(self.case_id),
+            "labels": self.convention,
+            **{modality: str(path) for modality, path in self.images.items()},
+        }
+        if self.label is not None:
+            item[LABEL] = str(self.label)
+        return item
+
+
+def find_cases(source: str | Path, modalities: Sequence[str], *, labels: str | None = None) -> list[Case]:
+    """Find cases in a folder or a datalist; files are not opened.
+
+    A folder is searched through all its sub-folders (and links to folders) for ``ID_flair.nii.gz`` or
+    ``ID-t2f.nii.gz`` and their like (:data:`SUFFIXES`, in any letter case, ``.nii`` too). Files of one ID in one folder
+    are one case. A modality that :data:`SUFFIXES` does not know has its own name as the ending.
+
+    A datalist is a JSON file in MONAI's style, with paths relative to it::
+
+        {"training": [{"case": "p01", "labels": "brats2018", "flair": "p01/flair.nii.gz", "label": "p01/mask.nii.gz"}]}
+
+    The sections ``training``, ``validation`` and ``test`` are read one after the other. ``case`` may be left out where
+    the file names give the ID (``p01_flair.nii.gz``), ``labels`` where the ID tells the convention; ``patient`` is
+    optional.
+
+    Args:
+        source: the folder, or the datalist's path.
+        modalities: the sequences to look for.
+        labels: a label convention for every case, over what IDs and datalist say.
+
+    Returns:
+        The cases, sorted by ID for a folder, in the datalist's order otherwise. A case may lack sequences or share its
+        ID with another one: :func:`monai_cggm.data.checks.header_problems` judges.
+
+    Raises:
+        DataError: where there is no case at all, or the datalist cannot be understood.
+        ValueError: where ``labels`` is no convention or ``modalities`` is empty.
+    """
+    if not modalities:
+        raise ValueError("no modality given: expected names such as flair, t1ce, t1, t2")
+    if labels is not None:
+        convention_for("", labels)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _cases_in_folder(path, modalities, labels)
+    if path.is_file() and path.suffix.lower() == ".json":
+        return _cases_in_datalist(path, modalities, labels)
+    found = "does not exist" if not path.exists() else "is neither a folder nor a .json file"
+    raise DataError([f"{path} {found}: expected a folder of cases or a datalist (.json)"])
+
+
+def patient_of(case_id: str) -> str:
+    """The patient's part of an ID: the ID without its time point, where its release has one.
+
+    Example:
+        >>> [patient_of(i) for i in ("Brats18_CBICA_APZ_1", "BraTS-GLI-00000-000", "BraTS2021_00000")]
+        ['Brats18_CBICA_APZ', 'BraTS-GLI-00000', 'BraTS2021_00000']
+    """
+    for pattern in _TIME_POINTS:
+        match = pattern.fullmatch(case_id)
+        if match:
+            return match["patient"]
+    return case_id
+
+
+def is_safe_id(case_id: str) -> bool:
+    """Whether an ID can be a file's name: letters, digits, ``.``, ``_`` and ``-``, and never ``..``.
+
+    Example:
+        >>> is_safe_id("Brats18_2013_2_1"), is_safe_id("../x"), is_safe_id("a..b"), is_safe_id("")
+        (True, False, False, False)
+    """
+    return _SAFE_ID.fullmatch(case_id) is not None and ".." not in case_id
+
+
+def _cases_in_folder(folder: Path, modalities: Sequence[str], labels: str | None) -> list[Case]:
+    keys = [*modalities, LABEL]
+    ending = _ending_pattern(keys)
+    key_of = {suffix: key for key, suffixes in _suffixes_of(keys).items() for suffix in suffixes}
+    groups: dict[tuple[Path, str], dict[str, list[Path]]] = {}
+    others: dict[Path, list[str]] = {}
+    for path in _nifti_files(folder):
+        match = ending.fullmatch(path.name)
+        if match is None:
+            others.setdefault(path.parent, []).append(path.name)
+            continue
+        files = groups.setdefault((path.parent, match["id"]), {})
+        files.setdefault(key_of[match["suffix"].lower()], []).append(path)
+    cases = [
+        _case_of_files(case_id, parent, files, modalities, labels, others.get(parent, []))
+        for (parent, case_id), files in groups.items()
+        # A folder read for some of its sequences holds files of the others, which alone are no case.
+        if any(key in files for key in keys)
+    ]
+    if not cases:
+        strays = sorted(name for names in others.values() for name in names)
+        seen = f"; its NIfTI files are {_some(strays)}" if strays else "; it holds no NIfTI file"
+        raise DataError(
+            [
+                f"no case in {folder}: expected files such as ID_{modalities[0]}.nii.gz{seen}. Data with one "
+                "multi-channel file a case (MSD Task01) has to be split into one file a sequence first"
+            ]
+        )
+    return sorted(cases, key=lambda case: (case.case_id, str(case.folder)))
+
+
+def _case_of_files(
+    case_id: str,
+    folder: Path,
+    files: Mapping[str, list[Path]],
+    modalities: Sequence[str],
+    labels: str | None,
+    strangers: Sequence[str],
+) -> Case:
+    problems = [
+        f"{key}: {len(files[key])} files ({', '.join(path.name for path in files[key])}), expected one ({folder})"
+        for key in (*modalities, LABEL)
+        if len(files.get(key, [])) > 1
+    ]
+    return Case(
+        case_id=case_id,
+        images={modality: files[modality][0] for modality in modalities if modality in files},
+        label=files[LABEL][0] if LABEL in files else None,
+        convention=_convention_or_none(case_id, labels),
+        patient=patient_of(case_id),
+        folder=folder,
+        problems=tuple(problems),
+        strangers=tuple(sorted(strangers)),
+    )
+
+
+def _nifti_files(folder: Path) -> Iterator[Path]:
+    """All ``.nii`` and ``.nii.gz`` files below a folder, sorted, through links to folders but never twice."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above itself would go on for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        # A hidden folder is nobody's data; prepare_2mm.py builds a case in one before it shows it.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            # "._name" are the resource forks that macOS leaves in archives.
+            if _NIFTI.search(name) and not name.startswith("._"):
+                yield Path(parent, name)
+
+
+def _suffixes_of(keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    return {**SUFFIXES, **{key: (key.lower(),) for key in keys if key not in SUFFIXES}}
+
+
+def _ending_pattern(keys: Sequence[str]) -> re.Pattern[str]:
+    suffixes = [re.escape(suffix) for names in _suffixes_of(keys).values() for suffix in names]
+    return re.compile(rf"(?P<id>.+)[_-](?P<suffix>{'|'.join(suffixes)})\.nii(\.gz)?", re.IGNORECASE)
+
+
+def _cases_in_datalist(path: Path, modalities: Sequence[str], labels: str | None) -> list[Case]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError([f"{path} is no JSON file: {error}"]) from error
+    sections = {name: content[name] for name in SECTIONS if name in content} if isinstance(content, dict) else {}
+    if not sections or not all(isinstance(entries, list) for entries in sections.values()):
+        raise DataError([f"{path} is no datalist: expected an object with lists under {', '.join(SECTIONS)}"])
+    cases: list[Case] = []
+    problems: list[str] = []
+    for section, entries in sections.items():
+        for index, entry in enumerate(entries):
+            try:
+                cases.append(_case_of_entry(entry, path.parent, modalities, labels))
+            except ValueError as error:
+                problems.append(f"{section}[{index}]: {error} ({path})")
+    if problems:
+        raise DataError(problems)
+    if not cases:
+        raise DataError([f"{path} lists no case"])
+    return cases
+
+
+def _case_of_entry(entry: Any, root: Path, modalities: Sequence[str], labels: str | None) -> Case:
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {type(entry).__name__}, expected an object with one path a sequence")
+    paths = {key: _path_of(entry, key, root) for key in (*modalities, LABEL) if entry.get(key) is not None}
+    if not any(modality in paths for modality in modalities):
+        hint = "; one multi-channel 'image' has to be split into one file a sequence first" if "image" in entry else ""
+        raise ValueError(f"has keys {', '.join(map(str, entry))}, expected one of {', '.join(modalities)}{hint}")
+    case_id = entry["case"] if "case" in entry else _id_of_files(paths, modalities)
+    if not isinstance(case_id, str):
+        raise ValueError(f"'case' is {case_id!r}, expected a string")
+    convention = _convention_or_none(case_id, labels or _text_of(entry, "labels"))
+    return Case(
+        case_id=case_id,
+        images={modality: paths[modality] for modality in modalities if modality in paths},
+        label=paths.get(LABEL),
+        convention=convention,
+        patient=_text_of(entry, "patient") or patient_of(case_id),
+        folder=next(iter(paths.values())).parent,
+    )
+
+
+def _path_of(entry: Mapping[str, Any], key: str, root: Path) -> Path:
+    value = entry[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {type(value).__name__}, expected one path")
+    return root / Path(value).expanduser()
+
+
+def _text_of(entry: Mapping[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"'{key}' is {value!r}, expected a string")
+    return value
+
+
+def _id_of_files(paths: Mapping[str, Path], modalities: Sequence[str]) -> str:
+    ending = _ending_pattern([*modalities, LABEL])
+    matches = [ending.fullmatch(path.name) for path in paths.values()]
+    ids = {match["id"] for match in matches if match}
+    if len(ids) != 1 or not all(matches):
+        raise ValueError("has no 'case', and its file names give no common ID")
+    return ids.pop()
+
+
+def _convention_or_none(case_id: str, override: str | None) -> str | None:
+    if override is not None and override not in CONVENTIONS:
+        raise ValueError(f"'labels' is {override!r}, expected one of {', '.join(CONVENTIONS)}")
+    try:
+        return convention_for(case_id, override)
+    except CaseError:
+        return None
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits into training, validation and test cases: by patient, seeded, and kept in a file for fair comparisons."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monai_cggm.data.layouts import patient_of
+from monai_cggm.errors import DataError
+from monai_cggm.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+
+Item = Mapping[str, Any]
+Split = dict[str, list[dict[str, Any]]]
+
+
+def split_cases(
+    cases: Sequence[dict[str, Any]],
+    *,
+    sizes: Sequence[int] | None = None,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+    split_file: str | Path | None = None,
+    ignore_unlisted: bool = False,
+    ignore_missing: bool = False,
+) -> Split:
+    """Split cases into training, validation and test parts; a patient's cases stay together.
+
+    The draw depends on the set of IDs and the seed alone, not on the order of ``cases``, the machine or a version of
+    NumPy.
+
+    Args:
+        cases: datalist items with ``case`` and, if it is known, ``patient``.
+        sizes: cases in each part, which must add up to all cases.
+        fractions: share of each part where ``sizes`` is None; they must add up to 1. Every part with a share above 0
+            gets at least one patient.
+        seed: seed of the draw.
+        split_file: a file by :func:`write_split`, which wins over the draw.
+        ignore_unlisted: leave cases out that the file does not list (they are logged), instead of failing.
+        ignore_missing: leave IDs of the file out that are not among the cases (they are logged), instead of failing;
+            for a run that skips bad cases.
+
+    Returns:
+        ``{"train": [...], "validation": [...], "test": [...]}`` with items in the order of ``cases``.
+
+    Raises:
+        DataError: where IDs and split do not fit together, or no split of these sizes keeps patients together.
+        ValueError: where ``sizes`` or ``fractions`` make no sense.
+
+    Example:
+        >>> items = [{"case": f"Phantom_{i:03d}"} for i in range(6)]
+        >>> {part: len(chosen) for part, chosen in split_cases(items, sizes=(4, 1, 1)).items()}
+        {'train': 4, 'validation': 1, 'test': 1}
+    """
+    ids = [str(item["case"]) for item in cases]
+    if split_file is not None:
+        parts = _read_split(Path(split_file))
+        _check_listed(parts, ids, Path(split_file), ignore_unlisted=ignore_unlisted, ignore_missing=ignore_missing)
+    else:
+        patients = _patients(cases)
+        targets = _checked_sizes(sizes, len(ids)) if sizes is not None else _sizes_of(fractions, len(ids))
+        parts = _draw(patients, targets, seed, exact=sizes is not None)
+    split = {part: [item for item in cases if item["case"] in chosen] for part, chosen in parts.items()}
+    _check_patients(split)
+    return split
+
+
+def write_split(split: Mapping[str, Sequence[Item]], path: str | Path, seed: int) -> None:
+    """Write the IDs of a split as JSON: ``{"seed": 0, "train": [...], "validation": [...], "test": [...]}``.
+
+    The file appears whole or not at all.
+    """
+    content = {"seed": seed, **{part: [str(item["case"]) for item in split[part]] for part in PARTS}}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _patients(cases: Iterable[Item]) -> dict[str, list[str]]:
+    """Patient -> case IDs, both sorted, so that a draw does not depend on the order of the files."""
+    patients: dict[str, list[str]] = {}
+    for item in sorted(cases, key=lambda item: str(item["case"])):
+        patients.setdefault(_patient(item), []).append(str(item["case"]))
+    return dict(sorted(patients.items()))
+
+
+def _patient(item: Item) -> str:
+    return str(item.get("patient") or patient_of(str(item["case"])))
+
+
+def _checked_sizes(sizes: Sequence[int], cases: int) -> list[int]:
+    text = ", ".join(map(str, sizes))
+    if len(sizes) != len(PARTS) or any(int(size) != size or size < 0 for size in sizes):
+        raise ValueError(f"split sizes are {text}: expected three whole numbers, for {', '.join(PARTS)}")
+    if sum(sizes) != cases:
+        raise DataError([f"split sizes {text} add up to {sum(sizes)}, and there are {cases} cases"])
+    return [int(size) for size in sizes]
+
+
+def _sizes_of(fractions: Sequence[float], cases: int) -> list[int]:
+    """Whole numbers of cases nearest to the fractions (largest remainder), none of a wanted part empty."""
+    text = ", ".join(map(str, fractions))
+    if len(fractions) != len(PARTS) or any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"split fractions are {text}: expected three numbers that add up to 1")
+    wanted = sum(f > 0 for f in fractions)
+    if cases < wanted:
+        raise DataError([f"{cases} cases cannot fill {wanted} parts (fractions {text})"])
+    exact = [f * cases for f in fractions]
+    sizes = [int(e + 1e-9) for e in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: sizes[i] - exact[i])
+    for index in by_remainder[: cases - sum(sizes)]:
+        sizes[index] += 1
+    for index, fraction in enumerate(fractions):
+        if fraction > 0 and sizes[index] == 0:
+            sizes[sizes.index(max(sizes))] -= 1
+            sizes[index] = 1
+    return sizes
+
+
+def _draw(patients: Mapping[str, list[str]], targets: Sequence[int], seed: int, *, exact: bool) -> dict[str, set[str]]:
+    # RandomState's stream is frozen for good (NEP 19); default_rng's may change with NumPy.
+    order = [list(patients)[i] for i in np.random.RandomState(seed).permutation(len(patients))]
+    parts, left = _fill(patients, order, targets)
+    if left:
+        # Patients with several cases may leave gaps that are too small: they go first, then.
+        parts, left = _fill(patients, sorted(order, key=lambda patient: -len(patients[patient])), targets)
+    if left and exact:
+        text = ", ".join(map(str, targets))
+        raise DataError([f"no split of sizes {text} was found that keeps the cases of {left[0]} together"])
+    for patient in left:
+        rooms = [target - len(part) for target, part in zip(targets, parts, strict=True)]
+        parts[rooms.index(max(rooms))].update(patients[patient])
+    if any(target > 0 and not part for target, part in zip(targets, parts, strict=True)):
+        raise DataError([f"{len(patients)} patients cannot fill the parts of the split: one would be empty"])
+    return dict(zip(PARTS, parts, strict=True))
+
+
+def _fill(
+    patients: Mapping[str, list[str]], order: Sequence[str], targets: Sequence[int]
+) -> tuple[list[set[str]], list[str]]:
+    """Put each patient into the first part that has room; return the parts and the patients that fitted nowhere."""
+    parts: list[set[str]] = [set() for _ in targets]
+    left = []
+    for patient in order:
+        ids = patients[patient]
+        room = next((i for i, part in enumerate(parts) if len(part) + len(ids) <= targets[i]), None)
+        if room is None:
+            left.append(patient)
+        else:
+            parts[room].update(ids)
+    return parts, left
+
+
+def _read_split(path: Path) -> dict[str, set[str]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError([f"split file {path} cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
+        raise DataError([f"split file {path} is no JSON file: {error}"]) from error
+    lists = {part: content.get(part, []) for part in PARTS} if isinstance(content, dict) else {}
+    if not lists.get("train") or not all(
+        isinstance(ids, list) and all(isinstance(i, str) for i in ids) for ids in lists.values()
+    ):
+        raise DataError([f"split file {path}: expected an object with lists of case IDs under {', '.join(PARTS)}"])
+    everything = [case for ids in lists.values() for case in ids]
+    repeated = sorted({case for case in everything if everything.count(case) > 1})
+    if repeated:
+        raise DataError([f"case {case}: is listed more than once ({path})" for case in repeated])
+    return {part: set(ids) for part, ids in lists.items()}
+
+
+def _check_listed(
+    parts: dict[str, set[str]], ids: Sequence[str], path: Path, *, ignore_unlisted: bool, ignore_missing: bool
+) -> None:
+    listed = set().union(*parts.values())
+    missing = [f"case {case}: is in the split and not among the cases ({path})" for case in sorted(listed - set(ids))]
+    unlisted = [f"case {case}: is in no part of the split ({path})" for case in sorted(set(ids) - listed)]
+    problems = [*([] if ignore_missing else missing), *([] if ignore_unlisted else unlisted)]
+    if problems:
+        raise DataError(problems)
+    if missing or unlisted:
+        logger.warning("Left out of the split:\n  %s", "\n  ".join([*missing, *unlisted]))
+
+
+def _check_patients(split: Mapping[str, Sequence[Item]]) -> None:
+    part_of: dict[str, str] = {}
+    for part, items in split.items():
+        for item in items:
+            patient = _patient(item)
+            if part_of.setdefault(patient, part) != part:
+                raise DataError([f"case {item['case']}: patient {patient} is in both {part_of[patient]} and {part}"])

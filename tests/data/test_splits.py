@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits by patient."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monai_cggm.data.layouts import patient_of
+from monai_cggm.data.splits import PARTS, split_cases, write_split
+from monai_cggm.errors import DataError
+
+Items = list[dict[str, Any]]
+
+
+def items_of(*ids: str) -> Items:
+    return [{"case": case, "patient": patient_of(case)} for case in ids]
+
+
+def singles(count: int) -> Items:
+    return items_of(*(f"Phantom_{i:03d}" for i in range(count)))
+
+
+def follow_ups(*counts: int) -> Items:
+    """Patient i has counts[i] cases."""
+    return items_of(*(f"BraTS-GLI-{p:05d}-{t:03d}" for p, count in enumerate(counts) for t in range(count)))
+
+
+def ids_of(split: dict[str, Items]) -> dict[str, list[str]]:
+    return {part: [item["case"] for item in items] for part, items in split.items()}
+
+
+def counts_of(split: dict[str, Items]) -> list[int]:
+    return [len(split[part]) for part in PARTS]
+
+
+@pytest.mark.parametrize("sizes", [(23, 5, 5), (31, 1, 1), (33, 0, 0), (0, 3, 30)])
+def test_sizes(sizes: tuple[int, int, int]) -> None:
+    cases = singles(33)
+    split = split_cases(cases, sizes=sizes)
+    assert counts_of(split) == list(sizes)
+    assert sorted(itertools.chain(*ids_of(split).values())) == [item["case"] for item in cases]
+
+
+def test_seed_and_set_of_ids_decide_alone() -> None:
+    cases = singles(20)
+    first = ids_of(split_cases(cases, seed=3))
+    again = ids_of(split_cases(cases[::-1], seed=3))
+    assert {part: sorted(ids) for part, ids in again.items()} == first
+    assert ids_of(split_cases(cases, seed=4)) != first
+
+
+def test_draw_is_the_same_for_ever() -> None:
+    """Written down, because published numbers depend on it."""
+    split = ids_of(split_cases(singles(8), sizes=(4, 2, 2), seed=0))
+    assert split == {
+        "train": ["Phantom_001", "Phantom_002", "Phantom_006", "Phantom_007"],
+        "validation": ["Phantom_000", "Phantom_003"],
+        "test": ["Phantom_004", "Phantom_005"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("count", "fractions", "sizes"),
+    [
+        (33, (0.7, 0.15, 0.15), [23, 5, 5]),
+        (12, (0.7, 0.15, 0.15), [8, 2, 2]),
+        (10, (0.8, 0.2, 0.0), [8, 2, 0]),
+        (3, (0.7, 0.15, 0.15), [1, 1, 1]),
+        (1251, (0.7, 0.15, 0.15), [876, 188, 187]),
+    ],
+)
+def test_fractions(count: int, fractions: tuple[float, ...], sizes: list[int]) -> None:
+    assert counts_of(split_cases(singles(count), fractions=fractions)) == sizes
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("how", [{"sizes": (10, 4, 4)}, {"fractions": (0.5, 0.25, 0.25)}])
+def test_patients_stay_together(seed: int, how: dict[str, Any]) -> None:
+    split = split_cases(follow_ups(4, 3, 2, 2, 2, 1, 1, 1, 1, 1), seed=seed, **how)
+    patients = [{item["patient"] for item in split[part]} for part in PARTS]
+    assert all(not one & other for one, other in itertools.combinations(patients, 2))
+    assert sum(counts_of(split)) == 18
+    assert all(counts_of(split))
+    if "sizes" in how:
+        assert counts_of(split) == [10, 4, 4]
+
+
+def test_patient_field_wins_over_the_id() -> None:
+    cases = [{"case": f"scan{i}", "patient": f"p{i // 2}"} for i in range(6)]
+    split = split_cases(cases, sizes=(2, 2, 2), seed=1)
+    assert sorted(ids_of(split).values()) == [["scan0", "scan1"], ["scan2", "scan3"], ["scan4", "scan5"]]
+
+
+def test_no_such_split() -> None:
+    with pytest.raises(DataError, match=r"sizes 3, 2, 1 .* keeps the cases of BraTS-GLI-0000\d together"):
+        split_cases(follow_ups(2, 2, 2), sizes=(3, 2, 1))
+    with pytest.raises(DataError, match="one would be empty"):
+        split_cases(follow_ups(5, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sizes": (5, 5)}, ValueError, "expected three whole numbers"),
+        ({"sizes": (5, 6, -1)}, ValueError, "5, 6, -1"),
+        ({"sizes": (5, 5, 5)}, DataError, "add up to 15, and there are 10 cases"),
+        ({"fractions": (0.7, 0.2, 0.2)}, ValueError, "add up to 1"),
+        ({"fractions": (1.2, -0.1, -0.1)}, ValueError, "add up to 1"),
+    ],
+)
+def test_senseless_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        split_cases(singles(10), **arguments)
+
+
+def test_too_few_cases() -> None:
+    with pytest.raises(DataError, match="2 cases cannot fill 3 parts"):
+        split_cases(singles(2))
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    cases = singles(12)
+    split = split_cases(cases, seed=5)
+    path = tmp_path / "new" / "split.json"
+    write_split(split, path, seed=5)
+    assert json.loads(path.read_text()) == {"seed": 5, **ids_of(split)}
+    assert [entry.name for entry in path.parent.iterdir()] == ["split.json"]
+    # The file wins over everything that would draw.
+    assert split_cases(cases[::-1], sizes=(1, 1, 1), seed=9, split_file=path) == {
+        part: items[::-1] for part, items in split.items()
+    }
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    path.write_text("old")
+    with pytest.raises(KeyError):
+        write_split({"train": [], "validation": [], "test": [{}]}, path, seed=0)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_file_with_other_cases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "s.json", {"train": ["Phantom_000", "Phantom_009"], "validation": ["Phantom_001"]})
+    with pytest.raises(DataError) as error:
+        split_cases(singles(3), split_file=path)
+    assert error.value.problems == [
+        f"case Phantom_009: is in the split and not among the cases ({path})",
+        f"case Phantom_002: is in no part of the split ({path})",
+    ]
+    with pytest.raises(DataError, match="Phantom_009"):
+        split_cases(singles(3), split_file=path, ignore_unlisted=True)
+    with pytest.raises(DataError, match="Phantom_002"):
+        split_cases(singles(3), split_file=path, ignore_missing=True)
+    with caplog.at_level(logging.WARNING):
+        split = split_cases(singles(3), split_file=path, ignore_unlisted=True, ignore_missing=True)
+    assert ids_of(split) == {"train": ["Phantom_000"], "validation": ["Phantom_001"], "test": []}
+    assert "Phantom_009" in caplog.text
+    assert "Phantom_002" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "expected an object"),
+        ({"training": ["Phantom_000"]}, "expected an object"),
+        ({"train": "Phantom_000"}, "expected an object"),
+        ({"train": [0]}, "expected an object"),
+        ({"train": ["Phantom_000"], "test": ["Phantom_000"]}, "case Phantom_000: is listed more than once"),
+    ],
+)
+def test_bad_file(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split_cases(singles(1), split_file=write(tmp_path / "s.json", content))
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        split_cases(singles(1), split_file=tmp_path / "none.json")
+    (tmp_path / "s.json").write_text("{")
+    with pytest.raises(DataError, match="no JSON file"):
+        split_cases(singles(1), split_file=tmp_path / "s.json")
+
+
+def test_file_that_tears_a_patient_apart(tmp_path: Path) -> None:
+    cases = follow_ups(2)
+    path = write(tmp_path / "s.json", {"train": [cases[0]["case"]], "validation": [cases[1]["case"]]})
+    with pytest.raises(DataError, match="patient BraTS-GLI-00000 is in both train and validation"):
+        split_cases(cases, split_file=path)
