@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every balancing method shares: it watches one light classifier a modality while a stock trainer trains."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+
+from monai_cggm.handlers.clip import unscale_once
+from monai_cggm.methods.capture import Capture, detached
+from monai_cggm.methods.direction import cosines, head_gradient
+from monai_cggm.metrics.epsilon import Epsilon
+
+logger = logging.getLogger(__name__)
+
+#: layers whose weight gradient has the closed form of :func:`monai_cggm.methods.direction.head_gradient`
+Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_FUSION = "fusion"
+
+
+@dataclass
+class Step:
+    """What is known of one training step once the task's loss is there; the same numbers on every rank.
+
+    Attributes:
+        task_loss: the trainer's loss, a scalar with its graph.
+        losses: each classifier's loss, ``(M,)``; their graph ends at the detached features.
+        epsilon: ε of each modality, ``(M,)``, no graph.
+        delta: Δε, ``(M,)``, no graph (equation 6).
+        fusion_gradient: g_F, the gradient of the head's weight, ``(n,)``; differentiable if the method asked for it.
+        unimodal_gradients: g_i, the gradient of each classifier's last weight, ``(M, n)``, no graph.
+    """
+
+    task_loss: Tensor
+    losses: Tensor
+    epsilon: Tensor
+    delta: Tensor
+    fusion_gradient: Tensor
+    unimodal_gradients: Tensor
+
+
+class UnimodalObserver:
+    r"""Train a light classifier on each modality's detached features, measure, and change nothing else.
+
+    This is the state ``observe``: the paper's "without CGGM" curves (figures 2 and 6, Table 5) come from it, and the
+    network's weights equal those of joint training bit for bit. Balancing methods extend it by ``extra_loss`` and
+    ``modulate``.
+
+    It attaches to MONAI's own ``SupervisedTrainer`` by three of its events: after ``LOSS_COMPLETED`` it runs the
+    classifiers :math:`\hat y_{m_i} = f_i(h_i)` (equation 5) and adds their losses, which reach only the classifiers,
+    to the loss that is about to be differentiated; after ``BACKWARD_COMPLETED`` it sees the gradients; after
+    ``MODEL_COMPLETED`` it leaves ``trainer.state.scalars`` for whoever logs. The parts are found by forward hooks, so
+    the network stays a plain module that returns logits.
+
+    Args:
+        network: the network that is trained, possibly in ``DistributedDataParallel``.
+        classifiers: a module whose ``forward(features, size)`` takes each modality's encoder output (and, if the
+            target has spatial axes, their size) and returns each modality's prediction in a dict.
+        metric: ε, for example :class:`monai_cggm.metrics.RegionDice`.
+        loss_function: loss of a classifier; default: the trainer's.
+        encoders: the encoder of each modality; default: ``network.encoders``.
+        head: the network's last linear layer or 1×1 convolution; default: ``network.head``.
+        classifier_heads: the like of each classifier; default: ``classifiers.heads``.
+
+    Raises:
+        ValueError: for parts that are missing, empty, overlapping or without gradient, modalities that differ between
+            encoders and classifiers, and heads of another shape than the network's.
+
+    Example:
+        >>> from monai_cggm.metrics import RegionDice
+        >>> from monai_cggm.networks import MultimodalSegmenter, UnimodalClassifiers
+        >>> encoder = {"backbone": "resnet18", "width": 8}
+        >>> network = MultimodalSegmenter(["flair", "t1ce"], num_classes=2, encoder=encoder)
+        >>> classifiers = UnimodalClassifiers.for_network(network)
+        >>> observer = UnimodalObserver(network, classifiers, RegionDice({"lesion": [1]}, num_classes=2))
+        >>> observer.modalities
+        ('flair', 't1ce')
+    """
+
+    #: whether g_F must be differentiable again
+    differentiable_fusion_gradient = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classifiers: nn.Module,
+        metric: Epsilon,
+        *,
+        loss_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+        encoders: Mapping[str, nn.Module] | None = None,
+        head: nn.Module | None = None,
+        classifier_heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        _refuse_compiled(network)
+        plain, plain_classifiers = unwrapped(network), unwrapped(classifiers)
+        self.network = network
+        self.classifiers = classifiers
+        self.metric = metric
+        self.loss_function = loss_function
+        self.encoders = _named_parts(encoders, plain, "encoders")
+        self.head = _as_head(getattr(plain, "head", None) if head is None else head, "the network's head")
+        self.classifier_heads = {
+            modality: _as_head(part, f"the classifier head of {modality!r}")
+            for modality, part in _named_parts(classifier_heads, plain_classifiers, "heads").items()
+        }
+        _check_parts(plain, self.encoders, self.head, self.classifier_heads)
+        self.modalities = tuple(self.encoders)
+        self.epsilon: Tensor | None = None
+        self._encoder_parameters = {m: list(e.parameters()) for m, e in self.encoders.items()}
+        self._features = Capture(self.encoders)
+        self._heads = Capture({_FUSION: self.head, **self.classifier_heads}, full_precision=True)
+        self._random_state = _own_random_state(classifiers)
+        self._step: Step | None = None
+        self._scalars: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        """Say what is attached, for the line that the log starts with."""
+        return f"{type(self).__name__}(modalities={list(self.modalities)})"
+
+    # ------------------------------------------------------------------ what a method adds
+
+    def extra_loss(self, step: Step) -> Tensor | None:
+        """Return a term for the loss, or None. Called once the step's measures are known, before the backward pass."""
+        return None
+
+    def modulate(self, step: Step) -> None:
+        """Change the encoders' gradients in place. Called after the backward pass, gradients unscaled."""
+
+    # ------------------------------------------------------------------ events
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to a trainer. Clipping must be attached after it, so that it sees modulated gradients."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._listen)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._after_loss)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._after_backward)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._report)
+        for ending in (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED):
+            engine.add_event_handler(ending, self._finish)
+
+    def _start(self, engine: SupervisedTrainer) -> None:
+        if engine.accumulation_steps > 1:
+            raise ValueError(
+                f"accumulation_steps={engine.accumulation_steps}: BACKWARD_COMPLETED fires on every mini-batch, and "
+                "scaling accumulated gradients each time would compound; use accumulation_steps=1 and a larger batch"
+            )
+        _refuse_compiled(engine.network)
+        optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+        for name, module in {**self.encoders, "classifiers": self.classifiers}.items():
+            if not any(id(p) in optimized for p in module.parameters()):
+                raise ValueError(f"the optimizer holds no parameter of {name!r}: it would never be trained")
+        self._features.install()
+        self._heads.install()
+        engine.logger.info(f"attached: {self!r}")
+
+    def _listen(self, engine: SupervisedTrainer) -> None:
+        self._features.active = self._heads.active = True
+
+    def _after_loss(self, engine: SupervisedTrainer) -> None:
+        task_loss = engine.state.output[CommonKeys.LOSS]
+        step = self._observe(
+            task_loss, engine.state.output[CommonKeys.LABEL], self.loss_function or engine.loss_function
+        )
+        self._features.active = self._heads.active = False
+        self._scalars = {"loss/task": task_loss.detach()}
+        self._add_scalars("loss", step.losses.detach())
+        self._add_scalars("epsilon", step.epsilon)
+        self._add_scalars("cosine", cosines(step.fusion_gradient.detach(), step.unimodal_gradients))
+        extra = self.extra_loss(step)
+        engine.state.output[CommonKeys.LOSS] = task_loss + step.losses.sum() + (0.0 if extra is None else extra)
+        self.epsilon = step.epsilon
+        self._step = step
+
+    def _after_backward(self, engine: SupervisedTrainer) -> None:
+        if self._step is None:
+            raise RuntimeError("BACKWARD_COMPLETED came without LOSS_COMPLETED: is this MONAI's SupervisedTrainer?")
+        unscale_once(engine)
+        self._add_scalars("gradient_norm", self._encoder_gradient_norms())
+        self.modulate(self._step)
+        # the step's graph is not needed any more
+        self._step = None
+        self._features.clear()
+        self._heads.clear()
+
+    def _report(self, engine: SupervisedTrainer) -> None:
+        # the one transfer of a step: everything that is logged goes over together
+        values = torch.stack([v.double() for v in self._scalars.values()]).cpu().tolist()
+        engine.state.scalars = dict(zip(self._scalars, values, strict=True))
+
+    def _finish(self, engine: SupervisedTrainer, *error: BaseException) -> None:
+        self._features.remove()
+        self._heads.remove()
+        self._step = None
+        if error:  # a handler of EXCEPTION_RAISED takes the error over: hand it on
+            raise error[0]
+
+    # ------------------------------------------------------------------ one step
+
+    def _observe(self, task_loss: Tensor, target: Tensor, loss_function: Callable[..., Tensor]) -> Step:
+        missing = [m for m in self.modalities if m not in self._features.outputs]
+        if missing or _FUSION not in self._heads.outputs:
+            parts = [*(f"encoder {m!r}" for m in missing), *(["head"] if _FUSION not in self._heads.outputs else [])]
+            raise RuntimeError(f"these parts did not run in the training step's forward pass: {', '.join(parts)}")
+        predictions = self._classify(target)
+        losses = torch.stack([loss_function(p, target).mean() for p in predictions])
+        with torch.no_grad():
+            epsilon = self._measure(predictions, target)
+        before = torch.zeros_like(epsilon) if self.epsilon is None else self.epsilon.to(epsilon)
+        # no region of the metric in this batch: nothing was measured, nothing has changed
+        epsilon = torch.where(torch.isfinite(epsilon), epsilon, before)
+        return Step(
+            task_loss=task_loss,
+            losses=losses,
+            epsilon=epsilon,
+            delta=epsilon - before,
+            fusion_gradient=self._fusion_gradient(task_loss),
+            unimodal_gradients=self._unimodal_gradients(losses),
+        )
+
+    def _classify(self, target: Tensor) -> list[Tensor]:
+        features = {m: detached(self._features.outputs[m]) for m in self.modalities}
+        self.classifiers.train()
+        with self._own_random_numbers():
+            predictions = self.classifiers(features, *((target.shape[2:],) if target.ndim > 2 else ()))
+        return [predictions[m] for m in self.modalities]
+
+    def _measure(self, predictions: list[Tensor], target: Tensor) -> Tensor:
+        sums = self.metric.sums([p.detach() for p in predictions], target)
+        # ratios of sums over all ranks, as one process with the whole batch would see
+        if idist.get_world_size() > 1:
+            sums = torch.as_tensor(idist.all_reduce(sums))
+        return self.metric.value(sums)
+
+    def _fusion_gradient(self, task_loss: Tensor) -> Tensor:
+        output = self._heads.outputs[_FUSION]
+        (delta,) = torch.autograd.grad(
+            task_loss, output, create_graph=self.differentiable_fusion_gradient, retain_graph=True
+        )
+        gradient = self._head_gradient(delta, _FUSION, self.head)
+        return gradient if self.differentiable_fusion_gradient else gradient.detach()
+
+    def _unimodal_gradients(self, losses: Tensor) -> Tensor:
+        outputs = [self._heads.outputs[m] for m in self.modalities]
+        deltas = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)
+        gradients = [
+            self._head_gradient(d, m, self.classifier_heads[m]) for d, m in zip(deltas, self.modalities, strict=True)
+        ]
+        return torch.stack(gradients).detach()
+
+    def _head_gradient(self, delta: Tensor, name: str, head: Head) -> Tensor:
+        local = head_gradient(delta, self._heads.inputs[name], channels_last=isinstance(head, nn.Linear))
+        return _mean_over_ranks(local)
+
+    def _encoder_gradient_norms(self) -> Tensor:
+        norms = []
+        for parameters in self._encoder_parameters.values():
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients))
+        return torch.stack(norms)
+
+    def _add_scalars(self, group: str, values: Tensor) -> None:
+        self._scalars.update({f"{group}/{m}": v for m, v in zip(self.modalities, values, strict=True)})
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Let dropout in a classifier draw from numbers of its own, so that watching does not change the network."""
+        if self._random_state is None:
+            yield
+            return
+        device = next(self.classifiers.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            _set_random_state(device, self._random_state)
+            yield
+            self._random_state = _get_random_state(device)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on exactly: the last ε, and the classifiers' random state if any."""
+        state: dict[str, Any] = {"modalities": list(self.modalities)}
+        if self.epsilon is not None:
+            state["epsilon"] = self.epsilon.cpu()
+        if self._random_state is not None:
+            state["random_state"] = self._random_state
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it comes from a run with other modalities or another order of them.
+        """
+        if tuple(state["modalities"]) != self.modalities:
+            raise ValueError(f"checkpoint is of modalities {state['modalities']}, this run has {list(self.modalities)}")
+        self.epsilon = state.get("epsilon")
+        self._random_state = state.get("random_state", self._random_state)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside ``DistributedDataParallel``, or the module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _mean_over_ranks(local: Tensor) -> Tensor:
+    """Give every rank the mean of a gradient, and keep the local graph.
+
+    The value is the mean; the derivative is the local one. DDP averages parameter gradients over ranks afterwards,
+    which completes the derivative of the mean: no differentiable all-reduce is needed.
+    """
+    world = idist.get_world_size()
+    if world == 1:
+        return local
+    mean = idist.all_reduce(local.detach().clone()) / world
+    return local + (mean - local).detach()
+
+
+def _refuse_compiled(network: nn.Module) -> None:
+    if isinstance(network, torch._dynamo.eval_frame.OptimizedModule):
+        raise ValueError(
+            "the whole network is compiled: what hooks see inside it is not on the loss's path, and compiled code "
+            "cannot be differentiated twice. Compile parts in place instead, for example "
+            "`for encoder in network.encoders.values(): encoder.compile()`, and leave the head eager"
+        )
+
+
+def _named_parts(parts: Mapping[str, nn.Module] | None, owner: nn.Module, attribute: str) -> dict[str, nn.Module]:
+    found = getattr(owner, attribute, None) if parts is None else parts
+    if isinstance(found, (Mapping, nn.ModuleDict)) and len(found):
+        return dict(found.items())
+    where = f"`{attribute}=`" if parts is not None else f"`{type(owner).__name__}.{attribute}`"
+    raise ValueError(f"{where} must name one module a modality, found {found!r}")
+
+
+def _as_head(found: object, name: str) -> Head:
+    kernel = getattr(found, "kernel_size", (1,))
+    if isinstance(found, Head) and all(k == 1 for k in kernel):
+        return found
+    raise ValueError(f"{name} must be a linear layer or a 1×1 convolution, found {found!r}")
+
+
+def _check_parts(
+    network: nn.Module, encoders: Mapping[str, nn.Module], head: Head, classifier_heads: Mapping[str, Head]
+) -> None:
+    if set(encoders) != set(classifier_heads):
+        raise ValueError(f"encoders are for {sorted(encoders)}, classifiers for {sorted(classifier_heads)}")
+    owner: dict[int, str] = {}
+    inside = {id(p) for p in network.parameters()}
+    for name, module in {**encoders, "head": head}.items():
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(f"{name!r} has no parameter that takes a gradient: nothing of it could be modulated")
+        for parameter in parameters:
+            if id(parameter) not in inside:
+                raise ValueError(f"{name!r} has a parameter that is not the network's")
+            if owner.setdefault(id(parameter), name) != name:
+                raise ValueError(f"{name!r} and {owner[id(parameter)]!r} share a parameter: whose gradient is it?")
+    for name, classifier_head in classifier_heads.items():
+        if classifier_head.weight.shape != head.weight.shape:
+            raise ValueError(
+                f"the classifier head of {name!r} has weight {tuple(classifier_head.weight.shape)}, the network's head "
+                f"{tuple(head.weight.shape)}: their gradients can only be compared if they are alike"
+            )
+
+
+def _own_random_state(classifiers: nn.Module) -> Tensor | None:
+    if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in classifiers.modules()):
+        return None
+    device = next(classifiers.parameters()).device
+    return _get_random_state(device)
+
+
+def _get_random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state.cpu())

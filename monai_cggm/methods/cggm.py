@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifier-guided gradient modulation (Guo, Jin, Chen and Zhao, NeurIPS 2024)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from torch import Tensor, nn
+
+from monai_cggm.methods.balance import Rule, balance, mean_factor
+from monai_cggm.methods.base import Step, UnimodalObserver
+from monai_cggm.methods.direction import direction_loss
+from monai_cggm.metrics.epsilon import Epsilon
+
+logger = logging.getLogger(__name__)
+
+Direction = Literal["gradient", "weights", "lagged", "off"]
+
+
+class CGGM(UnimodalObserver):
+    r"""Scale each encoder's gradient by its balance term and turn the fusion's gradient towards lagging modalities.
+
+    In every iteration, with ε the classifiers' metric and :math:`\Delta\varepsilon` its change since the last one:
+
+    .. math::
+        B_i &= \rho \frac{\sum_k \Delta\varepsilon_k - \Delta\varepsilon_i}{\sum_k \Delta\varepsilon_k}
+            & \text{(7)} \\
+        \nabla_{\theta^{\phi_i}} &\leftarrow B_i \nabla_{\theta^{\phi_i}} L & \text{(8)} \\
+        L_{gm} &= \frac1M \sum_i |B_i| - B_i \cos(g_F, g_i) & \text{(12)} \\
+        L &= L_{task} + \lambda L_{gm} & \text{(13)}
+
+    :math:`g_F` and :math:`g_i` are the gradients of the last layer of the network and of classifier i. :math:`g_i` is a
+    constant; :math:`g_F` is differentiated, through its closed form, so only the loss and what follows the head are
+    differentiated twice. Clip after it (:class:`monai_cggm.handlers.ClipGradients`), never before.
+
+    Under Adam a constant factor on a gradient cancels; only the changes of B act there.
+
+    Args:
+        network: see :class:`UnimodalObserver`, as for all arguments that are not listed here.
+        classifiers: see there.
+        metric: see there; the paper: Dice for segmentation, accuracy, or mean absolute error.
+        rho: ρ, default from Table 7 for BraTS.
+        lam: λ, default from Table 7 for BraTS.
+        rule: how Δε becomes B, see :func:`monai_cggm.methods.balance.balance`.
+        direction: ``"gradient"``: equations 9 to 13 on the current step. ``"lagged"``: algorithm 1 to the letter: the
+            loss gets the *previous* step's L_gm, which is a constant and changes no gradient. ``"weights"``: as in the
+            authors' released code: cosine of the head *weights* of the previous step, which pulls the fusion's head
+            towards the classifiers' heads. ``"off"``: magnitude only.
+        magnitude: False leaves the encoders' gradients alone (the direction-only row of Table 6).
+
+    Raises:
+        ValueError: for fewer than two modalities, ρ ≤ 0, λ < 0, or an unknown rule or direction.
+
+    Example:
+        >>> from monai_cggm.metrics import RegionDice
+        >>> from monai_cggm.networks import MultimodalSegmenter, UnimodalClassifiers
+        >>> encoder = {"backbone": "resnet18", "width": 8}
+        >>> network = MultimodalSegmenter(["flair", "t1ce"], num_classes=2, encoder=encoder)
+        >>> classifiers = UnimodalClassifiers.for_network(network)
+        >>> cggm = CGGM(network, classifiers, RegionDice({"lesion": [1]}, num_classes=2), rho=1.2, lam=0.1)
+        >>> # cggm.attach(trainer)
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classifiers: nn.Module,
+        metric: Epsilon,
+        *,
+        rho: float = 1.2,
+        lam: float = 0.1,
+        rule: Rule = "paper",
+        direction: Direction = "gradient",
+        magnitude: bool = True,
+        **parts: Any,
+    ) -> None:
+        super().__init__(network, classifiers, metric, **parts)
+        if len(self.modalities) < 2:
+            raise ValueError(f"CGGM balances two modalities or more, the network has {list(self.modalities)}")
+        if not rho > 0:
+            raise ValueError(f"rho must be positive, got {rho}")
+        if not lam >= 0:
+            raise ValueError(f"lam must not be negative, got {lam}")
+        if direction not in ("gradient", "weights", "lagged", "off"):
+            raise ValueError(f"direction must be 'gradient', 'weights', 'lagged' or 'off', got {direction!r}")
+        balance(
+            torch.ones(len(self.modalities)), rho, rule
+        )  # refuses an unknown rule now rather than in the first step
+        self.rho = rho
+        self.lam = lam
+        self.rule: Rule = rule
+        self.direction: Direction = direction
+        self.magnitude = magnitude
+        self.differentiable_fusion_gradient = direction == "gradient" and lam > 0
+        self._balance: Tensor | None = None
+        #: what the direction modes that look back keep of the last step
+        self._previous: dict[str, Tensor] = {}
+        self._counts: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Say what is attached and how, for the line that the log starts with."""
+        return (
+            f"CGGM(modalities={list(self.modalities)}, rho={self.rho}, lam={self.lam}, rule={self.rule!r}, "
+            f"direction={self.direction!r}, magnitude={self.magnitude})"
+        )
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Attach to a trainer; see :meth:`UnimodalObserver.attach`."""
+        super().attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._warn)
+
+    def extra_loss(self, step: Step) -> Tensor | None:
+        """Return λ L_gm of equation 13, and settle this step's B."""
+        terms, bounded, undefined = balance(step.delta, self.rho, self.rule)
+        self._balance = terms
+        acted = torch.stack([bounded, undefined]).long()
+        self._counts = acted if self._counts is None else self._counts.to(acted.device) + acted
+        self._add_scalars("balance", terms)
+        self._scalars |= {"balance_bounded": bounded, "balance_undefined": undefined}
+        if self.direction == "off":
+            return None
+        loss = self._direction_loss(step, terms.to(step.fusion_gradient.dtype))
+        self._scalars["loss/gm"] = loss.detach()
+        return self.lam * loss
+
+    def modulate(self, step: Step) -> None:
+        """Multiply encoder i's gradients by B_i, equation 8."""
+        assert self._balance is not None
+        before = torch.stack([self._scalars[f"gradient_norm/{m}"] for m in self.modalities])
+        factors = self._balance.to(before) if self.magnitude else torch.ones_like(before)
+        if self.magnitude:
+            for modality, factor in zip(self.modalities, factors, strict=True):
+                gradients = [p.grad for p in self._encoder_parameters[modality] if p.grad is not None]
+                torch._foreach_mul_(gradients, factor)
+        self._add_scalars("modulated_norm", before * factors.abs())
+
+    def _direction_loss(self, step: Step, terms: Tensor) -> Tensor:
+        if self.direction == "gradient":
+            return direction_loss(step.fusion_gradient, step.unimodal_gradients, terms)
+        if self.direction == "lagged":
+            current = direction_loss(step.fusion_gradient, step.unimodal_gradients, terms).detach()
+            loss = self._previous.get("loss", torch.zeros_like(current)).to(current)
+            self._previous = {"loss": current}
+            return loss
+        return self._weight_alignment(terms)
+
+    def _weight_alignment(self, terms: Tensor) -> Tensor:
+        """Return the released code's L_gm: cosine of weights, all of the previous step, felt by the fusion's head."""
+        weight = self.head.weight.flatten()
+        heads = torch.stack([self.classifier_heads[m].weight.detach().flatten() for m in self.modalities])
+        previous, self._previous = (
+            self._previous,
+            {"balance": terms.detach(), "head": weight.detach().clone(), "classifier_heads": heads},
+        )
+        if not previous:
+            return torch.zeros_like(terms[0])
+        as_it_was = weight + (previous["head"].to(weight) - weight).detach()
+        # ρ is not part of the released L_gm
+        released = previous["balance"].to(weight) / self.rho
+        return direction_loss(as_it_was, previous["classifier_heads"].to(weight), released)
+
+    def _warn(self, engine: SupervisedTrainer) -> None:
+        if self._counts is None:
+            return
+        bounded, undefined = self._counts.tolist()
+        if undefined:
+            mean = mean_factor(self.rho, len(self.modalities))
+            engine.logger.warning(
+                f"CGGM: equation 7 had no finite value in {undefined} of {engine.state.iteration} iterations; "
+                f"every encoder got the mean factor {mean:.3f} there"
+            )
+        if bounded:
+            engine.logger.info(
+                f"CGGM: the rule {self.rule!r} changed a term in {bounded} of {engine.state.iteration} iterations"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the observer's state, what the direction term looks back on, and the counts."""
+        state = super().state_dict()
+        state["previous"] = {key: value.cpu() for key, value in self._previous.items()}
+        if self._counts is not None:
+            state["counts"] = self._counts.cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._previous = dict(state["previous"])
+        self._counts = state.get("counts")
