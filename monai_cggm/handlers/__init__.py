@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handlers of a run: seeds, clipping, checkpoints, logs, pictures."""
+
+from monai_cggm.handlers.checkpoint import BestModel, Checkpoints
+from monai_cggm.handlers.clip import ClipGradients, unscale_once
+from monai_cggm.handlers.images import ValidationImages
+from monai_cggm.handlers.progress import Progress
+from monai_cggm.handlers.run_info import RunInfo, write_run_info
+from monai_cggm.handlers.run_log import RunLog
+from monai_cggm.handlers.scores import RegionScores, ScoresWriter
+from monai_cggm.handlers.seed import EpochSeed
+
+__all__ = [
+    "BestModel",
+    "Checkpoints",
+    "ClipGradients",
+    "EpochSeed",
+    "Progress",
+    "RunInfo",
+    "RunLog",
+    "ValidationImages",
+    "unscale_once",
+    "write_run_info",
+]
