@@ -133,17 +133,30 @@ def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     cases: Annotated[int, typer.Option(min=1, help="How many.")] = 12,
     seed: Annotated[int, typer.Option(help="Seed; the same seed makes the same cases.")] = 0,
+    informativeness: Annotated[
+        str, typer.Option(help="How much of the tumour a sequence shows, 0 to 1; all that are not named: 1.")
+    ] = "",
 ) -> None:
     """Make brain phantoms with a tumour, in the BraTS folder layout.
 
     \b
-    Example:
+    Examples:
       monai-cggm phantom demo_data --cases 12 --seed 0
+      monai-cggm phantom imbalanced --informativeness flair=0.2,t2=0.2
     """  # noqa: D301
     from monai_cggm.data.phantom import write_phantoms
 
-    ids = write_phantoms(out, cases=cases, seed=seed, progress=True)
+    shares = _shares(informativeness)
+    ids = write_phantoms(out, cases=cases, seed=seed, informativeness=shares, progress=True)
     typer.echo(f"{len(ids)} cases in {out}: {ids[0]} to {ids[-1]}")
+
+
+def _shares(text: str) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part.strip()]
+        return {name.strip(): float(share) for name, share in pairs}
+    except ValueError:
+        raise DataError([f"--informativeness is {text!r}: expected sequence=share pairs, such as t1=0.5"]) from None
 
 
 @app.command()

@@ -120,6 +120,11 @@ def test_table_is_at_most_100_columns_wide(root: Path) -> None:
         (["split", ".", "out.json"], "Error: no case in ."),
         (["path", "bundles/none"], "Error: 'bundles/none' does not come with the package"),
         (["path", "../x"], "Error: '../x' is outside the shipped files"),
+        (
+            ["phantom", "out", "--informativeness", "t1:1"],
+            "Error: --informativeness is 't1:1': expected sequence=share",
+        ),
+        (["phantom", "out", "--informativeness", "pet=1"], "Error: informativeness names pet, expected some of flair"),
         (["phantom", "out", "--seed", "-1"], "Error: expected at least one case and a seed of at least 0"),
     ],
 )
@@ -142,9 +147,9 @@ def test_phantom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return list(CASES)
 
     monkeypatch.setattr("monai_cggm.data.phantom.write_phantoms", write)
-    result = run("phantom", tmp_path / "demo", "--cases", "3", "--seed", "7")
+    result = run("phantom", tmp_path / "demo", "--cases", "3", "--seed", "7", "--informativeness", "t1=0.5")
     assert result.exit_code == 0
-    assert calls == [(tmp_path / "demo", {"cases": 3, "seed": 7, "progress": True})]
+    assert calls == [(tmp_path / "demo", {"cases": 3, "seed": 7, "informativeness": {"t1": 0.5}, "progress": True})]
     assert "Phantom_000 to Phantom_002" in result.stdout
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gzip
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,22 @@ def check_case(
     )
 
 
+class Cases(list[dict[str, Any]]):
+    """Datalist items, and why other cases are not among them.
+
+    Args:
+        items: the items.
+        skipped: case ID -> reason.
+
+    Attributes:
+        skipped: as given.
+    """
+
+    def __init__(self, items: Iterable[dict[str, Any]], skipped: Mapping[str, str]) -> None:
+        super().__init__(items)
+        self.skipped = dict(skipped)
+
+
 def load_cases(
     source: str | Path,
     modalities: Sequence[str],
@@ -225,7 +241,7 @@ def load_cases(
     skip_bad: bool = False,
     need_label: bool = True,
     allow_missing: bool = False,
-) -> list[dict[str, Any]]:
+) -> Cases:
     """Find the cases of a data set and check their headers: what training, evaluation and inference start with.
 
     How many cases follow which label convention is logged.
@@ -239,7 +255,8 @@ def load_cases(
         allow_missing: whether a case may lack sequences (one is enough).
 
     Returns:
-        MONAI datalist items: ``case``, ``patient``, ``labels``, one path a modality, and ``label``.
+        MONAI datalist items: ``case``, ``patient``, ``labels``, one path a modality, and ``label``; what was left out
+        is in their attribute ``skipped``.
 
     Raises:
         DataError: lists every bad case, unless ``skip_bad``; also where no case is left.
@@ -260,7 +277,7 @@ def load_cases(
     if not good:
         raise DataError([f"{source} has no usable case", *lines])
     logger.info("%d cases in %s; label conventions: %s", len(good), source, format_conventions(good))
-    return [case.as_dict() for case in good]
+    return Cases([case.as_dict() for case in good], {case_id: "; ".join(found) for case_id, found in problems.items()})
 
 
 def format_conventions(cases: Sequence[Case] | Sequence[CaseReport]) -> str:

@@ -44,15 +44,17 @@ class CachedVolumes(Dataset):
 
     Args:
         items: one prepared case each, or the file that holds it.
-        skipped: one line a case that was left out, with the reason.
+        skipped: case ID -> reason, of the cases that were left out.
 
     Attributes:
         skipped: as given.
     """
 
-    def __init__(self, items: Sequence[Mapping[Hashable, Any] | Path], skipped: Sequence[str] = ()) -> None:
+    def __init__(
+        self, items: Sequence[Mapping[Hashable, Any] | Path], skipped: Mapping[str, str] | None = None
+    ) -> None:
         self.items = list(items)
-        self.skipped = list(skipped)
+        self.skipped = dict(skipped or {})
 
     def __len__(self) -> int:
         return len(self.items)
@@ -128,13 +130,13 @@ def cached_volumes(
             problems[index] = error
 
     _run(fill, _own_share_first(len(cases)), workers=workers, progress=progress and idist.get_rank() == 0)
-    skipped = [str(problems[index]) for index in sorted(problems)]
-    if skipped:
-        logger.warning("Left out %d bad cases:\n  %s", len(skipped), "\n  ".join(skipped))
+    lines = [str(problems[index]) for index in sorted(problems)]
+    if lines:
+        logger.warning("Left out %d bad cases:\n  %s", len(lines), "\n  ".join(lines))
     good = [item for item in items if item is not None]
     if not good:
-        raise DataError(["no case could be prepared", *skipped])
-    return CachedVolumes(good, skipped)
+        raise DataError(["no case could be prepared", *lines])
+    return CachedVolumes(good, {problems[index].case: str(problems[index]) for index in sorted(problems)})
 
 
 class _OwnStorage(Transform):

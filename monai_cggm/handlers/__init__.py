@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers of a run: seeds, clipping, checkpoints, logs, pictures."""
+"""Handlers of a run: seeds, clipping, checkpoints, logs, pictures, scores."""
 
 from monai_cggm.handlers.checkpoint import BestModel, Checkpoints
 from monai_cggm.handlers.clip import ClipGradients, unscale_once
 from monai_cggm.handlers.images import ValidationImages
+from monai_cggm.handlers.in_order import InOrder
 from monai_cggm.handlers.progress import Progress
 from monai_cggm.handlers.run_info import RunInfo, write_run_info
 from monai_cggm.handlers.run_log import RunLog
@@ -15,9 +16,12 @@ __all__ = [
     "Checkpoints",
     "ClipGradients",
     "EpochSeed",
+    "InOrder",
     "Progress",
+    "RegionScores",
     "RunInfo",
     "RunLog",
+    "ScoresWriter",
     "ValidationImages",
     "unscale_once",
     "write_run_info",

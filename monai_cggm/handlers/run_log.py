@@ -277,7 +277,8 @@ class EpochTable:
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, float | str]:
     """Return the top-level numbers, words and lists of words of a configuration, for TensorBoard's HParams.
 
-    Truth values become words, or HParams would show 0 and 1. Expressions and references that were not resolved are left out, and so is what holds parts of its own.
+    Truth values become words, or HParams would show 0 and 1. Expressions and references that were not resolved are
+    left out, and so is what holds parts of its own.
 
     Example:
         >>> hyperparameters({"rho": 1.2, "modalities": ["flair", "t1"], "device": "$torch.device('cpu')", "amp": False})

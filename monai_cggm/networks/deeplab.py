@@ -87,6 +87,7 @@ class ResNetTrunk(ResNet):
         multigrid: Sequence[int],
         width: int,
         norm: NormName,
+        stem_stride: int,
     ) -> None:
         block, layers, *_ = resnet_params[backbone]
         # ResNet.__init__ calls _make_layer without the norm, which then falls back on batch norm.
@@ -97,22 +98,22 @@ class ResNetTrunk(ResNet):
             [width, 2 * width, 4 * width, 8 * width],
             spatial_dims=spatial_dims,
             n_input_channels=in_channels,
-            conv1_t_stride=2,
+            conv1_t_stride=stem_stride,
             shortcut_type="B",
             feed_forward=False,
             bias_downsample=False,
             norm=self._stage_norm,
         )
-        if output_stride == 8:
+        if 8 * stem_stride > output_stride:
             _replace_stride_with_dilation(self.layer3, [2])
-        base = 16 // output_stride * 2
+        base = 2 if 8 * stem_stride == output_stride else 4
         _replace_stride_with_dilation(self.layer4, [base * factor for factor in multigrid])
 
     def _make_layer(self, *args: Any, **kwargs: Any) -> nn.Sequential:
         return super()._make_layer(*args, **{**kwargs, "norm": self._stage_norm})
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return the output of the first stage (stride 4) and that of the last (the output stride)."""
+        """Return the output of the first stage (twice the stem's stride) and that of the last (the output stride)."""
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
         low = self.layer1(x)
         return low, self.layer4(self.layer3(self.layer2(low)))
@@ -174,7 +175,7 @@ class DeepLabV3PlusEncoder(nn.Module):
         backbone: ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101``.
         spatial_dims: 2 or 3.
         in_channels: channels of the input; one MRI sequence has one.
-        output_stride: 8 or 16, the input's size over that of the high-level features.
+        output_stride: 8 or 16 (4 or 8 with ``stem_stride`` 1), the input's size over that of the high-level features.
         multigrid: factors of the dilation in the last stage's blocks.
         aspp_channels: channels of the high-level features.
         aspp_rates: dilation of the ASPP's 3×3 convolutions, at the output stride. The default is that of the released
@@ -182,10 +183,13 @@ class DeepLabV3PlusEncoder(nn.Module):
             features are 10×10, and most of such a kernel would lie outside.
         width: channels of the first stage of the ResNet; 64 is the published size.
         norm: ``batch``, ``instance`` or ``group``; see :func:`norm_spec`.
+        stem_stride: stride of the first convolution; 2 is the published one. 1 doubles the resolution of everything
+            after it, for images of coarse voxels; ``output_stride`` must then be 8 or 4.
 
     Attributes:
         spatial_dims: as given.
         output_stride: as given.
+        low_stride: the input's size over that of the low-level features, twice ``stem_stride``.
         norm: as given.
         low_channels: channels of the low-level features.
         high_channels: channels of the high-level features.
@@ -213,19 +217,23 @@ class DeepLabV3PlusEncoder(nn.Module):
         aspp_rates: Sequence[int] = (2, 4, 6),
         width: int = 64,
         norm: NormName = "batch",
+        stem_stride: int = 2,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
-        if output_stride not in (8, 16):
-            raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
+        if output_stride not in (4 * stem_stride, 8 * stem_stride):
+            raise ValueError(f"output_stride must be {4 * stem_stride} or {8 * stem_stride}, got {output_stride}")
         if not multigrid:
             raise ValueError("multigrid must hold at least one factor, got none")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.output_stride = output_stride
+        self.low_stride = 2 * stem_stride
         self.norm = norm
         self.trunk = ResNetTrunk(
             backbone,
@@ -235,6 +243,7 @@ class DeepLabV3PlusEncoder(nn.Module):
             multigrid=multigrid,
             width=width,
             norm=norm,
+            stem_stride=stem_stride,
         )
         expansion = 4 if resnet_params[backbone][0] == "bottleneck" else 1
         self.low_channels = expansion * width
@@ -249,7 +258,8 @@ class DeepLabV3PlusEncoder(nn.Module):
                 return to it exactly (:class:`MultimodalSegmenter` pads).
 
         Returns:
-            Low-level features ``(B, low_channels, *S/4)`` and high-level features ``(B, high_channels, *S/stride)``.
+            Low-level features ``(B, low_channels, *S/low_stride)`` and high-level features
+            ``(B, high_channels, *S/output_stride)``.
         """
         low, high = self.trunk(x)
         return low, self.aspp(high)
@@ -260,9 +270,9 @@ def upsample(x: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear" if x.dim() == 4 else "trilinear", align_corners=False)
 
 
-def upsample_logits(logits: Tensor, size: list[int]) -> Tensor:
-    """Bring logits from the decoder's resolution (stride 4) to that of the padded image, and crop to ``size``."""
-    logits = upsample(logits, [4 * n for n in logits.shape[2:]])
+def upsample_logits(logits: Tensor, size: list[int], stride: int) -> Tensor:
+    """Bring logits from the decoder's resolution to that of the padded image, and crop to ``size``."""
+    logits = upsample(logits, [stride * n for n in logits.shape[2:]])
     for axis, n in enumerate(size):
         logits = logits.narrow(axis + 2, 0, n)
     return logits

@@ -56,11 +56,11 @@ class FusionDecoder(nn.Module):
         """Decode.
 
         Args:
-            low: low-level features, one ``(B, low_channels, *S/4)`` a modality.
+            low: low-level features, one ``(B, low_channels, *S/low_stride)`` a modality.
             high: high-level features, one ``(B, high_channels, *S/stride)`` a modality.
 
         Returns:
-            Features ``(B, channels, *S/4)`` for a 1×1 head.
+            Features ``(B, channels, *S/low_stride)`` for a 1×1 head.
         """
         fused_low = self.reduce_low(torch.cat(low, dim=1))
         fused_high = upsample(self.reduce_high(torch.cat(high, dim=1)), list(fused_low.shape[2:]))

@@ -29,7 +29,7 @@ class MultimodalSegmenter(nn.Module):
     Attributes:
         encoders: ``nn.ModuleDict``, modality → :class:`DeepLabV3PlusEncoder`, in channel order.
         decoder: :class:`FusionDecoder`.
-        head: the last layer, a 1×1 convolution at the decoder's resolution (stride 4).
+        head: the last layer, a 1×1 convolution at the resolution of the low-level features.
         modalities: as given, a tuple.
 
     Raises:
@@ -67,6 +67,7 @@ class MultimodalSegmenter(nn.Module):
         if first.in_channels != 1:
             raise ValueError(f"each modality is one channel of the image, got encoder in_channels={first.in_channels}")
         self.output_stride = first.output_stride
+        self.low_stride = first.low_stride
         self.encoders = nn.ModuleDict(dict(zip(self.modalities, encoders, strict=True)))
         self.decoder = FusionDecoder(
             first.low_channels,
@@ -109,7 +110,7 @@ class MultimodalSegmenter(nn.Module):
                 high = _zero_absent(high, present[:, index])
             lows.append(low)
             highs.append(high)
-        return upsample_logits(self.head(self.decoder(lows, highs)), size)
+        return upsample_logits(self.head(self.decoder(lows, highs)), size, self.low_stride)
 
 
 def _zero_absent(features: Tensor, present: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class LightDecoder(nn.Module):
         )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        """Map ``(B, low_channels, *S/4)`` and ``(B, high_channels, *S/stride)`` to ``(B, channels, *S/4)``."""
+        """Decode low- and high-level features, as an encoder returns them, to ``(B, channels, *S/low_stride)``."""
         low = self.reduce_low(low)
         return self.decode(torch.cat([upsample(high, list(low.shape[2:])), low], dim=1))
 
@@ -89,10 +89,11 @@ class UnimodalClassifiers(nn.Module):
         spatial_dims: 2 or 3.
         low_reduced: channels that the low-level features are reduced to; 48 in DeepLab v3+.
         norm: see :func:`monai_cggm.networks.norm_spec`.
+        low_stride: the image's size over that of the low-level features.
 
     Attributes:
         decoders: ``nn.ModuleDict``, modality → :class:`LightDecoder`.
-        heads: ``nn.ModuleDict``, modality → 1×1 convolution at the decoder's resolution (stride 4).
+        heads: ``nn.ModuleDict``, modality → 1×1 convolution at the resolution of the low-level features.
 
     Example:
         >>> import torch
@@ -115,8 +116,10 @@ class UnimodalClassifiers(nn.Module):
         spatial_dims: int = 2,
         low_reduced: int = 48,
         norm: NormName = "batch",
+        low_stride: int = 4,
     ) -> None:
         super().__init__()
+        self.low_stride = low_stride
         self.decoders = nn.ModuleDict(
             {
                 name: LightDecoder(
@@ -136,6 +139,7 @@ class UnimodalClassifiers(nn.Module):
             "channels": network.head.in_channels,
             "spatial_dims": encoder.spatial_dims,
             "norm": encoder.norm,
+            "low_stride": encoder.low_stride,
         }
         return cls(
             network.modalities,
@@ -157,7 +161,7 @@ class UnimodalClassifiers(nn.Module):
             Modality → logits ``(B, num_classes, *size)``.
         """
         return {
-            name: upsample_logits(self.heads[name](self.decoders[name](*features[name])), list(size))
+            name: upsample_logits(self.heads[name](self.decoders[name](*features[name])), list(size), self.low_stride)
             for name in self.decoders
         }
 

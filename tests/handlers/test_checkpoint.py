@@ -204,7 +204,7 @@ def test_refuses_a_network_that_does_not_fit(tmp_path):
     train(tmp_path, epochs=1)
     objects = parts()
     objects["model"] = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
-    with pytest.raises(RuntimeError, match="Missing key|size mismatch"):
+    with pytest.raises(RuntimeError, match=r"Missing key|size mismatch"):
         trainer(objects, [Checkpoints(tmp_path, objects, resume=True)], epochs=2).run()
 
 
@@ -215,7 +215,7 @@ def test_refuses_another_number_of_iterations_an_epoch(tmp_path):
 
 
 def test_notices_after_one_epoch_that_a_state_cannot_be_loaded(tmp_path):
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         train(tmp_path, epochs=5, extra={"method": Value(np.float64(1.0))})
     assert torch.load(tmp_path / "checkpoints/epoch_0001.pt", weights_only=False)["epoch"] == 1
 
@@ -235,7 +235,7 @@ def test_states_have_no_prefix_of_a_wrapper(tmp_path, wrap):
 
 
 def test_saves_after_everything_else_and_loads_before(tmp_path):
-    """Listed first, it sees the other handlers' work at the end of an epoch, even of handlers that join at the start."""
+    """Listed first, it sees what other handlers do at an epoch's end, even those that join at the start."""
     value = Value(0)
     seen = []
 

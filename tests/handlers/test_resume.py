@@ -39,7 +39,9 @@ def tensorboard(run_dir):
 
 
 def assert_same_run(found, expected, epoch):
-    assert_equal(load(found / f"checkpoints/epoch_{epoch:04d}.pt"), load(expected / f"checkpoints/epoch_{epoch:04d}.pt"))
+    assert_equal(
+        load(found / f"checkpoints/epoch_{epoch:04d}.pt"), load(expected / f"checkpoints/epoch_{epoch:04d}.pt")
+    )
     assert_equal(load(found / "model.pt"), load(expected / "model.pt"))
     for table in ("iterations.csv", "epochs.csv"):
         assert (found / table).read_text() == (expected / table).read_text()

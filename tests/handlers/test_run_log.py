@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
@@ -297,3 +299,22 @@ def test_hyperparameters(tmp_path):
     (text,) = found.Tensors("config/text_summary")
     assert b"    rho: 1.2\n" in text.tensor_proto.string_val[0]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    losses = train(folder / "run", epochs=2, method=Method(lambda iteration: {"loss/task": 10.0 * rank + iteration}))
+    torch.save(losses, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_log_their_mean_once(tmp_path):
+    mp.spawn(worker, args=(tmp_path,), nprocs=2)
+    rows = table(tmp_path / "run/iterations.csv")
+    assert [float(row["loss/task"]) for row in rows] == [5.0 + i for i in range(1, 5)]
+    losses = torch.tensor([torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)])
+    assert [float(row["train/loss"]) for row in rows] == pytest.approx(losses.mean(dim=0).tolist())
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1

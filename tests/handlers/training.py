@@ -102,7 +102,9 @@ def build(run_dir: Path, *, epochs=EPOCHS, planned=EPOCHS, workers=0, resume=Fal
     return SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=epochs,
-        train_data_loader=DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers, drop_last=True),
+        train_data_loader=DataLoader(
+            data, batch_size=2, sampler=sampler, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+        ),
         network=net,
         optimizer=optimizer,
         loss_function=toy.cross_entropy,
