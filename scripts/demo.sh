@@ -4,7 +4,7 @@
 #
 #   bash scripts/demo.sh                   on seeded phantoms, about five minutes on two cores
 #   bash scripts/demo.sh DIR               on a folder of BraTS cases
-#   bash scripts/demo.sh [DIR] OVERRIDE…   what follows goes to `python -m monai.bundle run`, e.g. --epochs 2
+#   bash scripts/demo.sh [DIR] OVERRIDE…   settings of the bundle, e.g. --epochs 20
 #
 # OUT is the folder to write to (default: demo/ in the checkout). Every run gets a folder of its own.
 # For research use only.
@@ -43,8 +43,9 @@ python -m monai.bundle run --config_file "['$bundle/configs/train.yaml','$overla
   --bundle_root "$bundle" --dataset_dir "$data" --run_dir "$run" "$@"
 monai_cggm_say "evaluating over whole volumes"
 python -m monai.bundle run --config_file "['$bundle/configs/train.yaml','$overlay','$bundle/configs/evaluate.yaml']" \
-  --bundle_root "$bundle" --dataset_dir "$data" --run_dir "$run"
+  --bundle_root "$bundle" --dataset_dir "$data" --run_dir "$run" "$@"
 # ----------------------------------------------------------------------------------------------------------------------
 
 monai_cggm_say "trained and evaluated in $((SECONDS - started)) s; to see the curves:"
-printf 'tensorboard --logdir %s\n' "$run"
+# With its whole path: the environment ends with this script.
+printf '%q --logdir %q\n' "$(command -v tensorboard)" "$run"

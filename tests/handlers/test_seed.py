@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from monai_cggm.data import EpochSampler
 from monai_cggm.handlers import EpochSeed
@@ -108,6 +108,17 @@ def test_epoch_started_comes_before_the_epochs_iterator():
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: log.append("step"))
     engine.run()
     assert log == ["epoch", "iterator", "step", "step", "step"] * 3
+
+
+def test_a_sampler_behind_a_batch_sampler_is_told_the_epoch():
+    """MONAI tells a loader's own sampler, and only that one."""
+    data, told = Keys(), []
+    sampler = EpochSampler(data, seed=3)
+    loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+    engine = trainer([EpochSeed(sampler, 1)], loader)
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda: told.append(engine.state.batch["epoch"].tolist()))
+    engine.run()
+    assert told == [[epoch, epoch] for epoch in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
 
 
 def test_ranks_draw_different_numbers(monkeypatch):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from monai_cggm.networks import MultimodalSegmenter, Present
+from monai_cggm.networks import FusionAndUnimodal, MultimodalSegmenter, Present, UnimodalClassifiers
 
 FOUR = ["flair", "t1ce", "t1", "t2"]
 
@@ -166,3 +166,12 @@ def test_refuses_inputs():
         network(torch.zeros(1, 2, 16, 16), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"present must have shape \(modalities,\)"):
         Present(network, torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [(32, 40), (33, 45)])
+def test_a_fine_stem_gives_logits_and_classifiers_of_the_image_s_size(size):
+    encoder = {"backbone": "resnet18", "width": 4, "aspp_channels": 8, "stem_stride": 1, "output_stride": 8}
+    network = MultimodalSegmenter(["a", "b"], 3, encoder=encoder, decoder_channels=8, low_reduced=4).eval()
+    assert tuple(network(torch.randn(1, 2, *size)).shape) == (1, 3, *size)
+    both = FusionAndUnimodal(network, UnimodalClassifiers.for_network(network)).eval()
+    assert {tuple(logits.shape) for logits in both(torch.randn(1, 2, *size)).values()} == {(1, 3, *size)}
