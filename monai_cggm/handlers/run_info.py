@@ -22,13 +22,13 @@ import yaml
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ReferenceResolver
 
+import monai_cggm
 from monai_cggm.data.splits import write_split
 from monai_cggm.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = (
-    "monai_cggm",
     "monai",
     "torch",
     "pytorch-ignite",
@@ -143,7 +143,10 @@ def environment() -> dict[str, Any]:
     return {
         "command": [_anonymous(word) for word in _command()],
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": {
+            "monai_cggm": monai_cggm.__version__,
+            **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        },
         "platform": platform.platform(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "processes": idist.get_world_size(),
@@ -170,8 +173,8 @@ def bundle_parser() -> ConfigParser | None:
 def resolved_config(parser: ConfigParser) -> dict[str, Any]:
     """Return a parser's configuration, plain values in the place of the references and expressions that gave them.
 
-    What stands for an object (a network, a device) stays as it is written. Numbers that followed from others no longer
-    do: to repeat a run with changes, use its command, which ``environment.json`` keeps.
+    What stands for an object (a network, a device, cases) stays as it is written. Numbers that followed from others no
+    longer do: to repeat a run with changes, use its command, which ``environment.json`` keeps.
 
     Example:
         >>> parser = ConfigParser({"lr": 0.01, "rate": "$@lr * 2", "device": "$torch.device('cpu')"})
@@ -198,10 +201,9 @@ def resolved_config(parser: ConfigParser) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    """Whether a value tells something in the place of its expression: lists of cases, say, would bury the rest."""
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(v) for v in value)
+        return all(_is_plain(v) and not isinstance(v, (list, tuple)) for v in value)
     return value is None or isinstance(value, (bool, int, float, str, Path))
 
 

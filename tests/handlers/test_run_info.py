@@ -12,6 +12,7 @@ import yaml
 from ignite.engine import Engine
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+import monai_cggm
 from monai_cggm.handlers import RunInfo, write_run_info
 from monai_cggm.handlers.run_info import bundle_parser, environment, resolved_config
 
@@ -117,17 +118,20 @@ def test_resolved_config_keeps_objects_as_they_are_written():
             "names": ["x", "y"],
             "nested": {"b": "@a", "c": ["@names", "$@a + 1", "$@names[1]"], "unused": "$1 / 0"},
             "device": "$torch.device('cpu')",
+            "cases": "$[{'case': 'Phantom_000'}]",
             "_meta_": {"version": "1"},
         }
     )
     parser.get_parsed_content("nested::b")
     parser.get_parsed_content("nested::c")
     parser.get_parsed_content("device")
+    parser.get_parsed_content("cases")
     assert resolved_config(parser) == {
         "a": 1,
         "names": ["x", "y"],
         "nested": {"b": 1, "c": [["x", "y"], 2, "y"], "unused": "$1 / 0"},
         "device": "$torch.device('cpu')",
+        "cases": "$[{'case': 'Phantom_000'}]",
     }
 
 
@@ -147,6 +151,7 @@ def test_home_folder_and_user_are_not_written(tmp_path, monkeypatch):
 def test_environment_names_versions():
     found = environment()
     assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["monai_cggm"] == monai_cggm.__version__
     assert {"monai", "numpy", "pytorch-ignite"} <= set(found["packages"])
     assert found["processes"] == 1
     json.dumps(found)
