@@ -59,8 +59,8 @@ class DataError(ValueError):
         return type(self), (self.problems,)
 
 
-def data_error(error: BaseException | None) -> CaseError | DataError | None:
-    """Return the error about data that caused ``error``, or None.
+def users_error(error: BaseException | None) -> CaseError | DataError | FileExistsError | None:
+    """Return the error about data or about an existing run folder that caused ``error``, or None.
 
     MONAI wraps what a part of a configuration raises in errors of its own; this looks through them.
 
@@ -71,24 +71,24 @@ def data_error(error: BaseException | None) -> CaseError | DataError | None:
         ...     except CaseError as cause:
         ...         raise RuntimeError("Failed to instantiate component") from cause
         ... except RuntimeError as wrapped:
-        ...     print(data_error(wrapped))
+        ...     print(users_error(wrapped))
         case p01: no t1ce file
     """
     while error is not None:
-        if isinstance(error, (CaseError, DataError)):
+        if isinstance(error, (CaseError, DataError, FileExistsError)):
             return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
 def show_plainly() -> None:
-    """Let the process end with one plain message where the user's data is at fault, instead of a traceback.
+    """Let the process end with one plain message, not a traceback, where the user's data or run folder is at fault.
 
     Bundles call it when they are initialised. Other errors keep their traceback.
     """
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        plain = data_error(error)
+        plain = users_error(error)
         if plain is None:
             sys.__excepthook__(kind, error, traceback)
         else:

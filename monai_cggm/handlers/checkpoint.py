@@ -15,6 +15,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator, Trainer
+from monai.utils.misc import str2bool
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -57,11 +58,12 @@ class Checkpoints:
             balancing method, :class:`BestModel`. ``None`` (a part that is switched off) is passed over. Modules may be
             wrapped for several processes; their states are saved without the wrapper's prefix.
         keep: how many of the newest checkpoints to keep.
-        resume: go on from the newest checkpoint. Without one, training starts from scratch and says so.
+        resume: go on from the newest checkpoint; words such as "true" and "false" will do. Without a checkpoint,
+            training starts from scratch and says so.
 
     Raises:
-        ValueError: for no objects, a name that is taken, ``keep`` below 1; when training starts, where a checkpoint
-            has other parts or another number of iterations an epoch than this run.
+        ValueError: for no objects, a name that is taken, ``keep`` below 1, another word for ``resume``; when training
+            starts, where a checkpoint has other parts or another number of iterations an epoch than this run.
         FileExistsError: when training starts, where ``resume`` is False and the folder already holds checkpoints.
         RuntimeError: when training starts, where there are checkpoints and none can be read.
 
@@ -73,12 +75,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run_dir: str | Path, objects: Mapping[str, Stateful | None], *, keep: int = 2, resume: bool = False
+        self, run_dir: str | Path, objects: Mapping[str, Stateful | None], *, keep: int = 2, resume: bool | str = False
     ) -> None:
         self.folder = Path(run_dir) / "checkpoints"
         self.objects = {name: unwrapped(item) for name, item in objects.items() if item is not None}
         self.keep = keep
-        self.resume = resume
+        self.resume = _is_true(resume)
         self._loads_back = False
         if not self.objects:
             raise ValueError("objects is empty: there is nothing to save")
@@ -276,6 +278,14 @@ def unwrapped(item: Any) -> Any:
     if isinstance(item, (DistributedDataParallel, DataParallel)):
         return unwrapped(item.module)
     return getattr(item, "_orig_mod", item)
+
+
+def _is_true(resume: bool | str) -> bool:
+    # a bundle's command line hands on "true" and "false" as words, and any word would be true
+    try:
+        return bool(str2bool(resume))
+    except ValueError:
+        raise ValueError(f"resume must be true or false, got {resume!r}") from None
 
 
 def _say(message: str) -> None:

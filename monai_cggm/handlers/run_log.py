@@ -63,7 +63,7 @@ class RunLog:
         validator: the evaluator that validates, for its metrics; None if there is none.
         modalities: names of the modalities, for charts of the classifiers' validation Dice.
         optimizer: for learning rates; default: the trainer's. Groups are called by their ``name``.
-        balance_line: the mean that balance terms must have, ρ(M−1)/M, drawn among them.
+        balance_line: the mean that balance terms must have, ρ(M−1)/M, drawn among them where there are any.
 
     Attributes:
         writer: TensorBoard's writer, for handlers that add images; None on other processes and outside a run.
@@ -134,7 +134,7 @@ class RunLog:
             self._charts_written = True
             self.writer.add_custom_scalars(chart_layout(row, self.modalities))
         if engine.state.iteration == 1:
-            self._draw_balance_line(self.writer, engine.state.iteration)
+            self._draw_balance_line(self.writer, row, engine.state.iteration)
 
     def _log_validation(self, validator: Evaluator, trainer: SupervisedTrainer) -> None:
         self._validation = {f"validation/{k}": v for k, v in _numbers(validator.state.metrics).items()}
@@ -152,7 +152,7 @@ class RunLog:
         self._epochs.append({"epoch": engine.state.epoch, "iteration": step, **means, **rates, **validation})
         for tag, value in {EPOCH_LOSS: means[EPOCH_LOSS], **rates}.items():
             self.writer.add_scalar(tag, value, step)
-        self._draw_balance_line(self.writer, step)
+        self._draw_balance_line(self.writer, means, step)
         self._iterations.sync()
         self.writer.flush()
 
@@ -170,8 +170,9 @@ class RunLog:
         groups = (self.optimizer or engine.optimizer).param_groups
         return {f"learning_rate/{g.get('name', f'group_{i}')}": float(g["lr"]) for i, g in enumerate(groups)}
 
-    def _draw_balance_line(self, writer: SummaryWriter, step: int) -> None:
-        if self.balance_line is not None:
+    def _draw_balance_line(self, writer: SummaryWriter, row: Row, step: int) -> None:
+        # joint training has a ρ in its configuration, too, and no balance terms
+        if self.balance_line is not None and any(tag.startswith("balance/") for tag in row):
             writer.add_scalar(BALANCE_LINE, self.balance_line, step)
 
     def _write_hyperparameters(self, writer: SummaryWriter) -> None:

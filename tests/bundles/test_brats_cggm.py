@@ -20,6 +20,7 @@ import yaml
 from monai.bundle import verify_metadata, verify_net_in_out
 
 from monai_cggm.data.phantom import write_phantoms
+from monai_cggm.errors import users_error
 from tests.bundles.running import BUNDLE, CONFIGS, NETWORK, TINY, command, environment, run, workflow
 
 OVERLAYS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "hardware")
@@ -61,6 +62,22 @@ def test_a_run_leaves_everything_it_learnt(trained):
     model = torch.load(trained / "model.pt", weights_only=True)
     assert set(model) == {"model", "classifiers", "epoch"}
     assert not any("classifiers" in key for key in model["model"])
+
+
+def test_a_new_run_does_not_begin_over_another_one(trained, cases):
+    before = (trained / "iterations.csv").read_text()
+    with pytest.raises(Exception, match="check_folder") as caught:
+        workflow("train.yaml", dataset_dir=str(cases), run_dir=str(trained), **TINY)
+    assert "already holds checkpoints of a run, up to epoch 2" in str(users_error(caught.value))
+    assert (trained / "iterations.csv").read_text() == before
+
+
+def test_words_of_the_command_line_are_taken_for_what_they_mean(cases, tmp_path):
+    words = {"amp": "false", "magnitude": "false", "skip_bad": "false", "resume": "false"}
+    made = workflow("train.yaml", dataset_dir=str(cases), run_dir=str(tmp_path), **{**TINY, **words})
+    assert made.parser.get_parsed_content("method").magnitude is False
+    assert made.parser.get_parsed_content("train#handlers#0").resume is False
+    assert made.parser.get_parsed_content("train#trainer").amp is False
 
 
 def test_properties_of_the_bundle_are_where_other_tools_look(cases, tmp_path):
@@ -129,9 +146,10 @@ def test_evaluation_writes_scores_and_names_its_convention(trained, cases, capsy
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def without_labels(cases, folder, case="Phantom_002"):
+def one_case(cases, folder, *, label, case="Phantom_002"):
     shutil.copytree(cases / case, folder / case)
-    (folder / case / f"{case}_seg.nii.gz").unlink()
+    if not label:
+        (folder / case / f"{case}_seg.nii.gz").unlink()
     return folder
 
 
@@ -141,8 +159,9 @@ def infer(trained, source, out, **overrides):
     return run("inference.yaml", kind="infer", **arguments, **network, **overrides)
 
 
-def test_inference_keeps_geometry_and_label_values(trained, cases, tmp_path):
-    source = without_labels(cases, tmp_path / "in")
+@pytest.mark.parametrize("label", [False, True])
+def test_inference_keeps_geometry_and_label_values(label, trained, cases, tmp_path):
+    source = one_case(cases, tmp_path / "in", label=label)
     infer(trained, source, tmp_path / "out")
     written = nib.load(tmp_path / "out" / "Phantom_002_seg.nii.gz")
     image = nib.load(source / "Phantom_002" / "Phantom_002_flair.nii.gz")
@@ -163,7 +182,7 @@ def test_inference_keeps_geometry_and_label_values(trained, cases, tmp_path):
 
 
 def test_inference_takes_a_case_without_a_sequence_only_when_told(trained, cases, tmp_path):
-    source = without_labels(cases, tmp_path / "in")
+    source = one_case(cases, tmp_path / "in", label=False)
     (source / "Phantom_002" / "Phantom_002_t1ce.nii.gz").unlink()
     with pytest.raises(Exception, match="instantiate") as caught:
         infer(trained, source, tmp_path / "out")
@@ -257,9 +276,7 @@ def test_a_bad_case_stops_training_before_it_starts_and_can_be_skipped(kind, cas
     arguments = {"dataset_dir": str(tmp_path / "in"), "split_file": str(tmp_path / "split.json"), **TINY, "epochs": 1}
     with pytest.raises(Exception, match="instantiate") as caught:
         run("train.yaml", run_dir=str(tmp_path / "run"), **arguments)
-    from monai_cggm.errors import data_error
-
-    message = str(data_error(caught.value))
+    message = str(users_error(caught.value))
     assert "Phantom_001" in message
     assert named in message
     assert not list(tmp_path.glob("run/checkpoints/*"))
@@ -324,7 +341,7 @@ def test_a_killed_run_goes_on_to_the_same_end(workers, cases, tmp_path):
 def test_two_processes_end_with_equal_weights(cases, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     encoder = {**TINY["encoder"], "norm": "instance"}  # no statistics over the batch
-    arguments = {**TINY, "encoder": encoder, "dataset_dir": cases, "epochs": 1}
+    arguments = {**TINY, "encoder": encoder, "dataset_dir": cases, "epochs": 1, "split_sizes": [4, 2, 0]}
     spy = (
         "$torch.save({k: v for m in (@network_def, @classifiers_def) for k, v in m.state_dict().items()}, "
         + repr(str(tmp_path))

@@ -118,6 +118,19 @@ def test_a_complete_run_ends_at_once(tmp_path, caplog, epochs):
     assert_same(found["model"].state_dict(), expected["model"].state_dict())
 
 
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [("true", True), ("True", True), ("false", False), ("False", False), (True, True), (False, False)],
+)
+def test_resume_takes_the_words_of_a_command_line(tmp_path, word, meaning):
+    assert Checkpoints(tmp_path, parts(), resume=word).resume is meaning
+
+
+def test_resume_refuses_another_word(tmp_path):
+    with pytest.raises(ValueError, match="resume must be true or false, got 'nearly'"):
+        Checkpoints(tmp_path, parts(), resume="nearly")
+
+
 def test_resume_without_checkpoints_starts_from_scratch(tmp_path, caplog):
     expected, _ = train(tmp_path / "one", epochs=2)
     found, _ = train(tmp_path / "two", epochs=2, resume=True)

@@ -78,7 +78,7 @@ def data(batches):
     return [{"image": torch.ones(2, 3) * (i + 1), "label": torch.zeros(2, 1)} for i in range(batches)]
 
 
-def train(run_dir, *, epochs=3, start=0, method=None, interval=1, decollate=False, balance_line=0.6):
+def train(run_dir, *, epochs=3, start=0, method=None, interval=1, decollate=False):
     torch.manual_seed(0)
     network = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(
@@ -89,7 +89,7 @@ def train(run_dir, *, epochs=3, start=0, method=None, interval=1, decollate=Fals
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 ** (epoch + start))
     evaluator = validator()
-    log = RunLog(run_dir, validator=evaluator, modalities=["flair", "t1"], balance_line=balance_line)
+    log = RunLog(run_dir, validator=evaluator, modalities=["flair", "t1"], balance_line=0.6)
     losses = []
     engine = SupervisedTrainer(
         device=torch.device("cpu"),
@@ -205,7 +205,7 @@ def test_joint_training_has_no_empty_charts():
 
 
 def test_a_run_without_method_and_validation(tmp_path):
-    train(tmp_path, method=Method(lambda iteration: {}), interval=100, balance_line=None)
+    train(tmp_path, method=Method(lambda iteration: {}), interval=100)
     assert list(table(tmp_path / "iterations.csv")[0]) == [
         "epoch",
         "iteration",
