@@ -27,6 +27,7 @@ if [ -n "$data" ]; then
   monai_cggm_say "checking the cases in $data"
   monai-cggm check "$data"
 else
+  set -- --epochs 120 "$@"  # phantoms are easy
   data="$out/phantoms"
   monai_cggm_say "making phantoms in $data"
   monai-cggm phantom "$data" --cases 12 --seed 0

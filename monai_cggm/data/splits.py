@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 
 from monai_cggm.data.layouts import patient_of
@@ -82,6 +83,39 @@ def write_split(split: Mapping[str, Sequence[Item]], path: str | Path, seed: int
     content = {"seed": seed, **{part: [str(item["case"]) for item in split[part]] for part in PARTS}}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_plan(split: Mapping[str, Sequence[Item]], *, volumes_per_batch: int, epochs: int, val_interval: int) -> None:
+    """Refuse a training that could not take a step, or would end without a model, before any long work.
+
+    Args:
+        split: the parts of :func:`split_cases`.
+        volumes_per_batch: volumes in a batch, over all processes.
+        epochs: epochs of the run.
+        val_interval: epochs between validations.
+
+    Raises:
+        DataError: for fewer training cases than a batch takes, no validation case, a batch that the processes do not
+            divide, or a run that ends before its first validation.
+
+    Example:
+        >>> parts = {"train": [{"case": "a"}], "validation": [{"case": "b"}]}
+        >>> check_plan(parts, volumes_per_batch=1, epochs=10, val_interval=5)
+    """
+    problems = []
+    if len(split["train"]) < volumes_per_batch:
+        problems.append(
+            f"{len(split['train'])} training cases are fewer than volumes_per_batch={volumes_per_batch}: no step could "
+            "be taken; make batches smaller (--volumes_per_batch) or add cases"
+        )
+    if not split["validation"]:
+        problems.append("the split has no validation case: no model could be chosen")
+    if volumes_per_batch % idist.get_world_size():
+        problems.append(f"volumes_per_batch={volumes_per_batch} is no multiple of {idist.get_world_size()} processes")
+    if val_interval > epochs:
+        problems.append(f"val_interval={val_interval} is beyond the last of {epochs} epochs: no model would be written")
+    if problems:
+        raise DataError(problems)
 
 
 def _patients(cases: Iterable[Item]) -> dict[str, list[str]]:

@@ -187,9 +187,7 @@ def _case_error(case: Mapping[Hashable, Any], error: Exception) -> CaseError:
     case_id = str(case.get("case", "without an ID"))
     files = {str(k): Path(v) for k, v in case.items() if isinstance(v, str) and v.lower().endswith((".nii", ".nii.gz"))}
     label = files.pop(LABEL, None)
-    report = check_case(
-        Case(case_id, files, label, convention=case.get("labels") or "brats2018"), list(files), need_label=False
-    )
+    report = check_case(Case(case_id, files, label, convention=case.get("labels")), list(files), need_label=False)
     if report.problems:
         return CaseError(case_id, "; ".join(report.problems))
     reason = str(cause).strip() or "no reason given"

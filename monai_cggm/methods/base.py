@@ -17,12 +17,12 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DistributedDataParallel
 
+from monai_cggm.handlers.checkpoint import unwrapped
 from monai_cggm.handlers.clip import unscale_once
 from monai_cggm.methods.capture import Capture, detached
 from monai_cggm.methods.direction import cosines, head_gradient
-from monai_cggm.metrics.epsilon import Epsilon
+from monai_cggm.metrics.epsilon import Epsilon, RegionDice
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _FUSION = "fusion"
 
 @dataclass
 class Step:
-    """What is known of one training step once the task's loss is there; the same numbers on every rank.
+    """What is known of one training step once the task's loss is there; losses are this rank's, the rest all ranks'.
 
     Attributes:
         task_loss: the trainer's loss, a scalar with its graph.
@@ -118,6 +118,8 @@ class UnimodalObserver:
             for modality, part in _named_parts(classifier_heads, plain_classifiers, "heads").items()
         }
         _check_parts(plain, self.encoders, self.head, self.classifier_heads)
+        if {id(p) for p in plain.parameters()} & {id(p) for p in plain_classifiers.parameters()}:
+            raise ValueError("network and classifiers share a parameter: classifier losses would train the network")
         self.modalities = tuple(self.encoders)
         self.epsilon: Tensor | None = None
         self._encoder_parameters = {m: list(e.parameters()) for m, e in self.encoders.items()}
@@ -172,11 +174,11 @@ class UnimodalObserver:
 
     def _after_loss(self, engine: SupervisedTrainer) -> None:
         task_loss = engine.state.output[CommonKeys.LOSS]
+        self._scalars = {"loss/task": task_loss.detach()}
         step = self._observe(
             task_loss, engine.state.output[CommonKeys.LABEL], self.loss_function or engine.loss_function
         )
         self._features.active = self._heads.active = False
-        self._scalars = {"loss/task": task_loss.detach()}
         self._add_scalars("loss", step.losses.detach())
         self._add_scalars("epsilon", step.epsilon)
         self._add_scalars("cosine", cosines(step.fusion_gradient.detach(), step.unimodal_gradients))
@@ -243,6 +245,8 @@ class UnimodalObserver:
         # ratios of sums over all ranks, as one process with the whole batch would see
         if idist.get_world_size() > 1:
             sums = torch.as_tensor(idist.all_reduce(sums))
+        if isinstance(self.metric, RegionDice):
+            self._scalars["epsilon_absent_regions"] = self.metric.absent(sums)
         return self.metric.value(sums)
 
     def _fusion_gradient(self, task_loss: Tensor) -> Tensor:
@@ -310,11 +314,6 @@ class UnimodalObserver:
         self._random_state = state.get("random_state", self._random_state)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside ``DistributedDataParallel``, or the module itself."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
 def _mean_over_ranks(local: Tensor) -> Tensor:
     """Give every rank the mean of a gradient, and keep the local graph.
 
@@ -329,7 +328,8 @@ def _mean_over_ranks(local: Tensor) -> Tensor:
 
 
 def _refuse_compiled(network: nn.Module) -> None:
-    if isinstance(network, torch._dynamo.eval_frame.OptimizedModule):
+    inner = getattr(network, "module", network)  # of DistributedDataParallel
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (network, inner)):
         raise ValueError(
             "the whole network is compiled: what hooks see inside it is not on the loss's path, and compiled code "
             "cannot be differentiated twice. Compile parts in place instead, for example "
@@ -346,8 +346,14 @@ def _named_parts(parts: Mapping[str, nn.Module] | None, owner: nn.Module, attrib
 
 
 def _as_head(found: object, name: str) -> Head:
-    kernel = getattr(found, "kernel_size", (1,))
-    if isinstance(found, Head) and all(k == 1 for k in kernel):
+    if isinstance(found, nn.Linear):
+        return found
+    if (
+        isinstance(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and found.groups == 1
+        and {*found.kernel_size, *found.stride} == {1}
+        and set(found.padding) == {0}
+    ):
         return found
     raise ValueError(f"{name} must be a linear layer or a 1×1 convolution, found {found!r}")
 

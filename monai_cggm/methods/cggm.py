@@ -112,7 +112,8 @@ class CGGM(UnimodalObserver):
     def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to a trainer; see :meth:`UnimodalObserver.attach`."""
         super().attach(engine)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._warn)
+        for moment in (Events.EPOCH_COMPLETED(once=1), Events.COMPLETED):
+            engine.add_event_handler(moment, self._warn)
 
     def extra_loss(self, step: Step) -> Tensor | None:
         """Return λ L_gm of equation 13, and settle this step's B."""
@@ -175,7 +176,7 @@ class CGGM(UnimodalObserver):
                 f"every encoder got the mean factor {mean:.3f} there"
             )
         if bounded:
-            engine.logger.info(
+            engine.logger.warning(
                 f"CGGM: the rule {self.rule!r} changed a term in {bounded} of {engine.state.iteration} iterations"
             )
 

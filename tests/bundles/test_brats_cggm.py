@@ -12,15 +12,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import SimpleITK
 import torch
 import yaml
-from monai.bundle import verify_metadata, verify_net_in_out
+from monai.bundle import ckpt_export, onnx_export, verify_metadata, verify_net_in_out
 
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.errors import users_error
+from monai_cggm.networks import MultimodalSegmenter
 from tests.bundles.running import BUNDLE, CONFIGS, NETWORK, TINY, command, environment, run, workflow
 
 OVERLAYS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "hardware")
@@ -56,6 +58,7 @@ def test_a_run_leaves_everything_it_learnt(trained):
     rate = iterations[["learning_rate/network", "learning_rate/classifiers"]].to_numpy()
     np.testing.assert_allclose(rate[:, 1] / rate[:, 0], 0.6)
     epochs = pd.read_csv(trained / "epochs.csv")
+    assert epochs["validation/loss"].between(0.5, 5).all()
     assert 0 <= epochs["validation/fusion_dice_WT"].iloc[-1] <= 1
     assert {f"validation/{m}_dice_mean" for m in ("fusion", "flair", "t1ce", "t1", "t2")} <= set(epochs.columns)
     assert yaml.safe_load((trained / "config.yaml").read_text())["rho"] == 1.2
@@ -90,9 +93,9 @@ def test_properties_of_the_bundle_are_where_other_tools_look(cases, tmp_path):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_builds_a_trainer(overlay, cases, tmp_path):
-    made = workflow("train.yaml", overlay, dataset_dir=str(cases), run_dir=str(tmp_path), **{**TINY, "epochs": 2})
+    made = workflow("train.yaml", overlay, dataset_dir=str(cases), run_dir=str(tmp_path), **TINY)
     trainer = made.parser.get_parsed_content("train#trainer")
-    assert len(trainer.data_loader) >= (0 if "paper_slices" in overlay else 1)
+    assert len(trainer.data_loader) == 2
 
 
 def test_the_cpu_overlay_and_its_joint_twin_have_the_same_clipping(cases, tmp_path):
@@ -127,6 +130,9 @@ def test_the_paper_s_slice_protocol_scores_the_same_slices_every_time(cases, tmp
             **overrides,
         )
         scores.append(pd.read_csv(tmp_path / name / "epochs.csv"))
+        names = ("train.yaml", "protocols/paper_slices.yaml", "evaluate.yaml")
+        run(*names, dataset_dir=str(cases), run_dir=str(tmp_path / name), **overrides)
+        assert pd.read_csv(tmp_path / name / "validation" / "cases.csv")["case"].nunique() == 1
     pd.testing.assert_frame_equal(*scores)
     assert scores[0]["iteration"].iloc[-1] == 2
 
@@ -191,6 +197,77 @@ def test_inference_takes_a_case_without_a_sequence_only_when_told(trained, cases
     assert not (tmp_path / "out").exists()
     infer(trained, source, tmp_path / "out", allow_missing=True)
     assert (tmp_path / "out" / "Phantom_002_seg.nii.gz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"volumes_per_batch": 5}, "4 training cases are fewer than volumes_per_batch=5"),
+        ({"split_sizes": [5, 0, 1]}, "no validation case"),
+        ({"val_interval": 3}, "val_interval=3 is beyond the last of 2 epochs"),
+    ],
+)
+def test_a_plan_that_leads_nowhere_is_refused_before_it_starts(change, message, cases, tmp_path):
+    with pytest.raises(Exception, match="check_plan") as caught:
+        workflow("train.yaml", dataset_dir=str(cases), run_dir=str(tmp_path), **{**TINY, **change})
+    assert message in str(users_error(caught.value))
+
+
+def test_inference_prepares_images_as_training_does():
+    train, inference = (yaml.safe_load((BUNDLE / name).read_text()) for name in ("train.yaml", "inference.yaml"))
+    for key in ("modalities", "num_classes", "encoder", "decoder_channels", "low_reduced", "network_def"):
+        assert train[key] == inference[key], key
+
+    def settings(config, transform):
+        (step,) = (t for t in config["preprocessing"]["transforms"] if t["_target_"] == transform)
+        return {k: v for k, v in step.items() if k not in ("keys", "start_coord_key", "end_coord_key")}
+
+    for transform in ("Orientationd", "CropForegroundd", "NormalizeIntensityd"):
+        assert settings(train, transform) == settings(inference, transform)
+
+
+def test_the_bundle_exports(trained, tmp_path):
+    shared = {
+        "net_id": "network_def",
+        "ckpt_file": str(trained / "model.pt"),
+        "meta_file": str(BUNDLE / "metadata.json"),
+        "config_file": str(BUNDLE / "inference.yaml"),
+        "key_in_ckpt": "model",
+        **{f"network_def#{key}": TINY[key] for key in NETWORK},
+    }
+    ckpt_export(filepath=str(tmp_path / "model.ts"), **shared)
+    axes = {0: "batch", 2: "height", 3: "width"}
+    onnx_export(
+        filepath=str(tmp_path / "model.onnx"),
+        use_trace=True,
+        input_shape=[1, 4, 64, 64],
+        converter_kwargs={
+            "dynamo": False,
+            "opset_version": 18,
+            "input_names": ["image"],
+            "output_names": ["logits"],
+            "dynamic_axes": {"image": axes, "logits": axes},
+        },
+        **shared,
+    )
+    scripted = torch.jit.load(tmp_path / "model.ts").eval()
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    network = MultimodalSegmenter(
+        ["flair", "t1ce", "t1", "t2"], 4, encoder=TINY["encoder"], decoder_channels=8, low_reduced=4
+    ).eval()
+    network.load_state_dict(torch.load(trained / "model.pt", weights_only=True)["model"])
+    for size in ((1, 4, 48, 64), (3, 4, 37, 50)):
+        image = torch.randn(size)
+        with torch.no_grad():
+            expected = network(image)
+            torch.testing.assert_close(scripted(image), expected, rtol=0, atol=1e-5)
+        (logits,) = session.run(None, {"image": image.numpy()})
+        np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_the_ten_lines_of_python_run(repository):
+    page = (repository / "docs/how-to/use_from_python.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
 
 
 def test_metadata_names_the_channels_in_the_order_of_the_configuration():

@@ -402,6 +402,15 @@ def big_kernel(network, classifiers):
     return {"head": network.encoders["t2"][0]}
 
 
+def classifier_of_the_network(network, classifiers):
+    classifiers.heads["t1"] = network.head
+    return {}
+
+
+def strided_head(network, classifiers):
+    return {"head": nn.Conv2d(5, 4, 1, stride=2)}
+
+
 def no_encoders(network, classifiers):
     return {"encoders": {}}
 
@@ -416,6 +425,8 @@ def no_encoders(network, classifiers):
         (wide_head, r"head of 't2' has weight \(4, 9, 1, 1\), the network's head \(4, 5, 1, 1\)"),
         (missing_classifier, "classifiers for .*'flair', 't1', 't1ce'"),
         (big_kernel, "linear layer or a 1×1 convolution, found Conv2d"),
+        (classifier_of_the_network, "network and classifiers share a parameter"),
+        (strided_head, "linear layer or a 1×1 convolution, found Conv2d"),
         (no_encoders, "`encoders=` must name one module a modality"),
     ],
 )
@@ -469,6 +480,9 @@ def test_a_wholly_compiled_network_is_refused():
     network, classifiers = parts()
     with pytest.raises(ValueError, match="whole network is compiled"):
         CGGM(torch.compile(network), classifiers, metric(), encoders=network.encoders, head=network.head)
+    network.compile()
+    with pytest.raises(ValueError, match="whole network is compiled"):
+        CGGM(network, classifiers, metric())
 
 
 def test_a_user_s_network_with_other_names():
