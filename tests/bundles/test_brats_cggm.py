@@ -418,7 +418,7 @@ def test_a_killed_run_goes_on_to_the_same_end(workers, cases, tmp_path):
 def test_two_processes_end_with_equal_weights(cases, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     encoder = {**TINY["encoder"], "norm": "instance"}  # no statistics over the batch
-    arguments = {**TINY, "encoder": encoder, "dataset_dir": cases, "epochs": 1, "split_sizes": [4, 2, 0]}
+    arguments = {**TINY, "encoder": encoder, "dataset_dir": cases, "epochs": 1}  # fewer validation cases than ranks
     spy = (
         "$torch.save({k: v for m in (@network_def, @classifiers_def) for k, v in m.state_dict().items()}, "
         + repr(str(tmp_path))
