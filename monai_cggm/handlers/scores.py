@@ -149,7 +149,7 @@ class RegionScores(Metric):
 
     def _rows_of(self, case: str, predictions: Mapping[str, Tensor], labels: Tensor, index: int) -> Iterator[Row]:
         label = labels.as_tensor()[index, 0] if isinstance(labels, MetaTensor) else labels[index, 0]
-        spacing = self._spacing(labels, index) if self.hd95 else None
+        spacing = self._spacing(labels, index)  # some conventions need it for Dice too
         for name in sorted(predictions, key=lambda predictor: predictor != FUSION):
             logits = predictions[name]
             try:

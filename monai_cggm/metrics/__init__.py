@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from monai_cggm.metrics.epsilon import Accuracy, Epsilon, NegativeMAE, RegionDice
+from monai_cggm.metrics.lesions import LesionScores, lesion_wise
 from monai_cggm.metrics.region_scores import BRATS_REGIONS, EMPTY_CONVENTIONS, EmptyConvention, region_scores
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "Accuracy",
     "EmptyConvention",
     "Epsilon",
+    "LesionScores",
     "NegativeMAE",
     "RegionDice",
+    "lesion_wise",
     "region_scores",
 ]

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance
+from monai.metrics import compute_dice
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
+from monai_cggm.metrics.lesions import LESION_PENALTY, SLACK, lesion_wise, surface_hd95, voxel_size
+
+#: The name of the enhancing tumour among the regions, to which a convention's ``smallest_et`` applies.
+ET = "ET"
+
 #: The regions of BraTS over the classes 0 background, 1 NCR, 2 ED, 3 ET: whole tumour, tumour core, enhancing tumour.
-BRATS_REGIONS: Mapping[str, tuple[int, ...]] = MappingProxyType({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)})
+BRATS_REGIONS: Mapping[str, tuple[int, ...]] = MappingProxyType({"WT": (1, 2, 3), "TC": (1, 3), ET: (3,)})
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,31 @@ class EmptyConvention:
         truth_empty: only the prediction has one, a false positive.
         prediction_empty: only the truth has one, a miss.
         note: the convention in a few words, for tables.
+        smallest_et: a predicted region "ET" of less volume than this counts as empty, in mm³.
+        lesion_wise: whether regions are scored by :func:`monai_cggm.metrics.lesion_wise`; what is above then says what
+            that gives where the truth has no small lesions.
     """
 
     both_empty: tuple[float, float]
     truth_empty: tuple[float, float]
     prediction_empty: tuple[float, float]
     note: str
+    smallest_et: float = 0.0
+    lesion_wise: bool = False
+
+    @property
+    def needs_spacing(self) -> bool:
+        """Whether Dice too depends on the size of a voxel."""
+        return self.lesion_wise or self.smallest_et > 0
 
 
 #: ``brats_legacy`` is the rule of the BraTS evaluation up to 2022 and of most papers; its penalty of 373 mm is the
-#: diagonal of a 240 x 240 x 155 volume at 1 mm (373.13), rounded down as the later official tools do. ``monai`` is what
-#: MONAI's metrics do by default: a region that the truth lacks is left out, so that false positives there cost nothing.
+#: diagonal of a 240 x 240 x 155 volume at 1 mm (373.13), rounded down as the later official tools do.
+#: ``brats_legacy_et500`` is the same after the post-processing of the papers on missing sequences (RFNet and those that
+#: compare with it): predicted enhancing tumour of fewer than 500 voxels at 1 mm counts as none, whole tumour and core
+#: stay as they are. ``brats2023_lesionwise`` is :func:`monai_cggm.metrics.lesion_wise`, whose penalty is 374 mm.
+#: ``monai`` is what MONAI's metrics do by default: a region that the truth lacks is left out, so that false positives
+#: there cost nothing.
 EMPTY_CONVENTIONS: Mapping[str, EmptyConvention] = MappingProxyType(
     {
         "brats_legacy": EmptyConvention(
@@ -48,6 +66,20 @@ EMPTY_CONVENTIONS: Mapping[str, EmptyConvention] = MappingProxyType(
             truth_empty=(0.0, 373.0),
             prediction_empty=(0.0, 373.0),
             note="both empty: Dice 1, HD95 0 mm; one empty: Dice 0, HD95 373 mm",
+        ),
+        "brats_legacy_et500": EmptyConvention(
+            both_empty=(1.0, 0.0),
+            truth_empty=(0.0, 373.0),
+            prediction_empty=(0.0, 373.0),
+            note="predicted ET below 500 mm³ counts as none; both empty: Dice 1, HD95 0 mm; one empty: 0, 373 mm",
+            smallest_et=500.0,
+        ),
+        "brats2023_lesionwise": EmptyConvention(
+            both_empty=(1.0, 0.0),
+            truth_empty=(0.0, LESION_PENALTY),
+            prediction_empty=(0.0, LESION_PENALTY),
+            note="mean over lesions above 50 mm³; none: Dice 1, HD95 0 mm; missed or false: Dice 0, HD95 374 mm",
+            lesion_wise=True,
         ),
         "monai": EmptyConvention(
             both_empty=(math.nan, math.nan),
@@ -85,8 +117,10 @@ def region_scores(
         pred: predicted class indices, ``(*spatial)``, any number of spatial dimensions.
         truth: true class indices, the same shape.
         regions: the classes that make up each region.
-        spacing: size of a voxel in mm along each axis; needed for HD95.
-        convention: a name in :data:`EMPTY_CONVENTIONS`, which says what an empty region scores.
+        spacing: size of a voxel in mm along each axis; needed for HD95, and for the conventions with thresholds in
+            mm³, ``brats_legacy_et500`` and ``brats2023_lesionwise``, which are for three dimensions only.
+        convention: a name in :data:`EMPTY_CONVENTIONS`, which says what an empty region scores, and whether small
+            parts or lesions are treated apart.
         hd95: whether to compute HD95, which costs far more than Dice.
 
     Returns:
@@ -95,7 +129,7 @@ def region_scores(
 
     Raises:
         ValueError: for shapes that differ, values that are no class indices, a spacing that does not fit, an unknown
-            convention, or no regions.
+            convention or one that does not fit the regions or the dimensions, or no regions.
 
     Example:
         >>> truth = torch.zeros(8, 8, 8, dtype=torch.uint8)
@@ -111,12 +145,17 @@ def region_scores(
     pred, truth = _class_map(pred, "prediction"), _class_map(truth, "truth")
     if pred.shape != truth.shape:
         raise ValueError(f"the prediction has shape {tuple(pred.shape)}, the truth {tuple(truth.shape)}")
-    size = _voxel_size(spacing, pred.ndim) if hd95 else ()
+    size = _size(spacing, pred.ndim, convention, hd95)
+    if rule.smallest_et and ET not in regions:
+        raise ValueError(f"the convention {convention!r} needs a region {ET!r}, got {list(regions)}")
 
     pred, truth = _cropped(pred, truth, sorted({member for classes in regions.values() for member in classes}))
     scores: dict[str, float] = {}
     for name, classes in regions.items():
-        dice, distance = _score(_member(pred, classes), _member(truth, classes), size, rule)
+        masks = _member(pred, classes), _member(truth, classes)
+        if name == ET and rule.smallest_et:
+            masks = _without_small(masks[0], size, rule.smallest_et), masks[1]
+        dice, distance = _score(*masks, size, rule, hd95)
         scores[f"dice_{name}"] = dice
         if hd95:
             scores[f"hd95_{name}"] = distance
@@ -135,8 +174,13 @@ def nan_mean(values: Sequence[float]) -> float:
     return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
-def _score(pred: Tensor, truth: Tensor, size: Sequence[float], rule: EmptyConvention) -> tuple[float, float]:
-    """Dice and HD95 of one region's masks; HD95 is NaN where ``size`` is empty."""
+def _score(
+    pred: Tensor, truth: Tensor, size: Sequence[float], rule: EmptyConvention, hd95: bool
+) -> tuple[float, float]:
+    """Dice and HD95 of one region's masks; without ``hd95`` the latter means nothing."""
+    if rule.lesion_wise:
+        lesions = lesion_wise(pred.cpu().numpy(), truth.cpu().numpy(), size, hd95=hd95)
+        return lesions.dice, lesions.hd95
     pred_any, truth_any = bool(pred.any()), bool(truth.any())
     if not (pred_any or truth_any):
         return rule.both_empty
@@ -144,27 +188,21 @@ def _score(pred: Tensor, truth: Tensor, size: Sequence[float], rule: EmptyConven
         return rule.truth_empty
     if not pred_any:
         return rule.prediction_empty
-    pred, truth = pred[None, None], truth[None, None]
-    dice = compute_dice(pred, truth, ignore_empty=False).item()
-    return dice, _hd95(pred, truth, size) if size else math.nan
+    dice = compute_dice(pred[None, None], truth[None, None], ignore_empty=False).item()
+    return dice, surface_hd95(pred, truth, size) if hd95 else math.nan
 
 
-def _hd95(pred: Tensor, truth: Tensor, size: Sequence[float]) -> float:
-    # On the CPU MONAI searches a tree of the surface voxels; on a GPU without cuCIM it would fall back to a dense
-    # distance transform on the CPU.
-    with warnings.catch_warnings():
-        # MONAI 1.6 deprecates an argument that it passes to itself here.
-        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        distance = compute_hausdorff_distance(
-            pred.cpu(), truth.cpu(), include_background=True, percentile=95, spacing=list(size)
-        )
-    return distance.item()
+def _without_small(mask: Tensor, size: Sequence[float], smallest: float) -> Tensor:
+    """The mask, or an empty one where its volume is below ``smallest`` mm³."""
+    volume = int(mask.sum()) * math.prod(size)
+    return torch.zeros_like(mask) if volume < smallest * (1 - SLACK) else mask
 
 
 def _cropped(pred: Tensor, truth: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Both maps inside the smallest box that holds every voxel of these classes.
 
-    What lies outside is background in both and changes no score, but would cost most of the time.
+    What lies outside is background in both and changes no score, but would cost most of the time. That holds for
+    lesions too: where two dilated lesions meet outside the box, they also meet on its face.
     """
     either = _member(pred, classes) | _member(truth, classes)
     start, end = generate_spatial_bounding_box(either[None])
@@ -186,13 +224,13 @@ def _class_map(values: Tensor | np.ndarray, what: str) -> Tensor:
     return tensor
 
 
-def _voxel_size(spacing: Sequence[float] | None, dims: int) -> tuple[float, ...]:
-    if spacing is None:
-        raise ValueError("HD95 is in mm and needs the spacing of the voxels")
-    size = tuple(float(value) for value in spacing)
-    if len(size) != dims or not all(math.isfinite(value) and value > 0 for value in size):
-        raise ValueError(f"the spacing must be {dims} positive numbers (mm), got {size}")
-    return size
+def _size(spacing: Sequence[float] | None, dims: int, convention: str, hd95: bool) -> tuple[float, ...]:
+    """The voxels' size where something needs it, else nothing."""
+    if EMPTY_CONVENTIONS[convention].needs_spacing:
+        if dims != 3:
+            raise ValueError(f"the convention {convention!r} needs volumes (H, W, D), got {dims} dimensions")
+        return voxel_size(spacing, dims, f"the convention {convention!r} has thresholds in mm³ and needs")
+    return voxel_size(spacing, dims, "HD95 is in mm and needs") if hd95 else ()
 
 
 def _rule(convention: str) -> EmptyConvention:

@@ -156,6 +156,38 @@ def test_the_convention_reaches_the_scores():
     assert {row["convention"] for row in state.metric_details["cases"]} == {"monai"}
 
 
+@pytest.mark.parametrize("convention", ["brats_legacy_et500", "brats2023_lesionwise"])
+@pytest.mark.parametrize("hd95", [False, True])
+def test_conventions_with_thresholds_in_mm3(tmp_path, capsys, convention, hd95):
+    """They need the spacing without HD95 too, and go through to the files and the table."""
+    items = make_cases(2)
+    writer = ScoresWriter(tmp_path)
+    state = evaluate(items, RegionScores(convention=convention, hd95=hd95), handlers=[writer])
+    for row in state.metric_details["cases"]:
+        item = items[int(row["case"][-1])]
+        channel = ("fusion", "flair", "t1").index(row["predictor"])
+        scores = region_scores(
+            item["image"][channel].as_tensor(),
+            item["label"][0].as_tensor(),
+            spacing=(1, 2, 3),
+            convention=convention,
+            hd95=hd95 and row["predictor"] == "fusion",
+        )
+        assert row == {"case": row["case"], "predictor": row["predictor"], "convention": convention, **scores}
+    summary = pd.read_csv(tmp_path / "summary.csv")
+    assert set(summary["convention"]) == {convention}
+    assert ("hd95_WT" in set(summary["score"])) == hd95
+    assert convention in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("convention", ["brats_legacy_et500", "brats2023_lesionwise"])
+def test_thresholds_in_mm3_without_a_spacing(convention):
+    items = make_cases(1)
+    items[0]["label"] = items[0]["label"].as_tensor()
+    with pytest.raises(CaseError, match=f"case case0: fusion: the convention '{convention}' .* needs the spacing"):
+        evaluate(items, RegionScores(convention=convention))
+
+
 def test_every_evaluation_starts_anew():
     metric = RegionScores()
     evaluate(make_cases(3), metric)

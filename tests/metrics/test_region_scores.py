@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy import ndimage
 
-from monai_cggm.metrics import BRATS_REGIONS, EMPTY_CONVENTIONS, region_scores
+from monai_cggm.metrics import BRATS_REGIONS, EMPTY_CONVENTIONS, lesion_wise, region_scores
 
 
 def surface_distances(pred, truth, spacing):
@@ -96,6 +96,12 @@ EMPTY_CASES = [
     ("brats_legacy", "both", 1.0, 0.0),
     ("brats_legacy", "truth", 0.0, 373.0),
     ("brats_legacy", "prediction", 0.0, 373.0),
+    ("brats_legacy_et500", "both", 1.0, 0.0),
+    ("brats_legacy_et500", "truth", 0.0, 373.0),
+    ("brats_legacy_et500", "prediction", 0.0, 373.0),
+    ("brats2023_lesionwise", "both", 1.0, 0.0),
+    ("brats2023_lesionwise", "truth", 0.0, 374.0),
+    ("brats2023_lesionwise", "prediction", 0.0, 374.0),
     ("monai", "both", NAN, NAN),
     ("monai", "truth", NAN, NAN),
     ("monai", "prediction", 0.0, NAN),
@@ -104,8 +110,8 @@ EMPTY_CASES = [
 
 @pytest.mark.parametrize(("convention", "empty", "dice", "hd95"), EMPTY_CASES)
 def test_empty_regions(convention, empty, dice, hd95):
-    full, nothing = np.zeros((6, 7, 8), np.uint8), np.zeros((6, 7, 8), np.uint8)
-    full[1:4, 2:5, 3:6] = 3
+    full, nothing = np.zeros((12, 13, 14), np.uint8), np.zeros((12, 13, 14), np.uint8)
+    full[1:10, 2:11, 3:12] = 3  # 729 mm³: too large for every threshold
     pred = full if empty == "truth" else nothing
     truth = full if empty == "prediction" else nothing
     scores = region_scores(pred, truth, regions={"ET": [3]}, spacing=(1, 1, 1), convention=convention)
@@ -126,6 +132,80 @@ def test_the_monai_convention_is_what_monai_computes(empty):
     )
     assert scores["dice_r"] == pytest.approx(compute_dice(pred, truth).item(), nan_ok=True)
     assert scores["hd95_r"] == pytest.approx(expected_hd95.item(), nan_ok=True)
+
+
+def with_et(voxels, place=2):
+    """A tumour of 1800 voxels at ``place``, the first ones of its core enhancing."""
+    classes = np.zeros((20, 14, 14), np.uint8)
+    classes[place : place + 15, 2:12, 1:13] = 2
+    core = np.zeros_like(classes, dtype=bool)
+    core[place : place + 10, 3:11, 2:11] = True
+    classes[core] = 1
+    classes[tuple(np.argwhere(core)[:voxels].T)] = 3
+    return classes
+
+
+@pytest.mark.parametrize(
+    ("spacing", "voxels", "kept"),
+    [
+        ((1.0, 1.0, 1.0), 499, False),
+        ((1.0, 1.0, 1.0), 500, True),
+        ((0.9999998, 0.9999998, 0.9999998), 500, True),  # as an affine has it
+        ((2.0, 2.0, 2.0), 62, False),  # 496 mm³
+        ((2.0, 2.0, 2.0), 63, True),  # 504 mm³
+        ((1.0, 1.0, 5.0), 99, False),
+        ((1.0, 1.0, 5.0), 100, True),
+    ],
+)
+def test_a_small_predicted_et_counts_as_none(spacing, voxels, kept):
+    """Whole tumour and core stay; without an ET in the truth the rule turns a 0 into a 1, with one a Dice into a 0."""
+    pred = with_et(voxels)
+    for truth, dropped in ((with_et(0), (1.0, 0.0)), (with_et(700, place=3), (0.0, 373.0))):
+        legacy = region_scores(pred, truth, spacing=spacing)
+        scores = region_scores(pred, truth, spacing=spacing, convention="brats_legacy_et500")
+        expected = legacy if kept else legacy | dict(zip(("dice_ET", "hd95_ET"), dropped, strict=True))
+        mean = np.mean([expected[f"dice_{name}"] for name in BRATS_REGIONS])
+        assert scores == pytest.approx(expected | {"dice_mean": mean})
+        assert scores["dice_TC"] == legacy["dice_TC"] > 0
+        without = region_scores(pred, truth, spacing=spacing, convention="brats_legacy_et500", hd95=False)
+        assert without == {name: value for name, value in scores.items() if name.startswith("dice")}
+
+
+def test_a_small_et_becomes_core_in_effect():
+    """Relabelling the voxels as necrotic core, as others do it, scores the same."""
+    pred, truth = with_et(300), with_et(700, place=3)
+    relabelled = np.where(pred == 3, 1, pred).astype(np.uint8)
+    scores = region_scores(pred, truth, spacing=(1, 1, 1), convention="brats_legacy_et500")
+    assert scores == region_scores(relabelled, truth, spacing=(1, 1, 1), convention="brats_legacy")
+
+
+def test_a_small_true_et_stays():
+    truth, pred = with_et(300), with_et(600)
+    scores = region_scores(pred, truth, spacing=(1, 1, 1), convention="brats_legacy_et500")
+    assert scores["dice_ET"] == pytest.approx(2 * 300 / 900)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 2.0, 4.0)])
+def test_lesion_wise_scores_are_those_of_each_region(spacing):
+    shape = (40, 36, 30)
+    pred, truth = blobs(shape, 3), blobs(shape, 4)
+    pred[ndimage.gaussian_filter(np.random.default_rng(5).normal(size=shape), 3) < 0.02] = 0
+    truth[ndimage.gaussian_filter(np.random.default_rng(6).normal(size=shape), 3) < 0.04] = 0
+    scores = region_scores(pred, truth, spacing=spacing, convention="brats2023_lesionwise")
+    for name, classes in BRATS_REGIONS.items():
+        found = lesion_wise(np.isin(pred, classes), np.isin(truth, classes), spacing)
+        assert (scores[f"dice_{name}"], scores[f"hd95_{name}"]) == pytest.approx(found[:2])
+    assert scores["dice_mean"] == pytest.approx(np.mean([scores[f"dice_{name}"] for name in BRATS_REGIONS]))
+    assert scores["dice_WT"] != pytest.approx(region_scores(pred, truth, spacing=spacing)["dice_WT"])
+    without = region_scores(pred, truth, spacing=spacing, convention="brats2023_lesionwise", hd95=False)
+    assert without == {name: value for name, value in scores.items() if name.startswith("dice")}
+
+
+def test_a_lesion_too_small_to_count_leaves_nothing_to_score():
+    truth = np.zeros((20, 20, 20), np.uint8)
+    truth[4:7, 4:7, 4:7] = 3  # 27 mm³
+    scores = region_scores(np.zeros_like(truth), truth, spacing=(1, 1, 1), convention="brats2023_lesionwise")
+    assert (scores["dice_ET"], scores["hd95_ET"]) == (1.0, 0.0)
 
 
 def test_the_default_does_not_hide_false_positives():
@@ -162,7 +242,16 @@ MAP = np.zeros((4, 4, 4), np.uint8)
         ({"spacing": None}, "needs the spacing"),
         ({"spacing": (1, 1)}, "3 positive numbers"),
         ({"spacing": (1, 0, 1)}, "3 positive numbers"),
-        ({"convention": "lenient"}, "'lenient'.*brats_legacy, monai"),
+        ({"convention": "lenient"}, "'lenient'.*brats_legacy, brats_legacy_et500, brats2023_lesionwise, monai"),
+        (
+            {"convention": "brats_legacy_et500", "spacing": None, "hd95": False},
+            "thresholds in mm³ and needs the spacing",
+        ),
+        ({"convention": "brats_legacy_et500", "spacing": (1, 1)}, "3 positive numbers"),
+        ({"convention": "brats_legacy_et500", "regions": {"lesion": [1]}}, r"needs a region 'ET', got \['lesion'\]"),
+        ({"convention": "brats_legacy_et500", "pred": MAP[0], "truth": MAP[0]}, "volumes.*got 2 dimensions"),
+        ({"convention": "brats2023_lesionwise", "spacing": None, "hd95": False}, "mm³ and needs the spacing"),
+        ({"convention": "brats2023_lesionwise", "pred": MAP[0], "truth": MAP[0]}, "volumes.*got 2 dimensions"),
         ({"regions": {}}, "at least one class"),
         ({"regions": {"WT": []}}, "at least one class"),
     ],
