@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers of a run: seeds, clipping, checkpoints, logs, pictures, scores."""
+"""Handlers of a run: seeds, clipping, checkpoints, logs, gradients, pictures, scores."""
 
 from monai_cggm.handlers.checkpoint import BestModel, Checkpoints
 from monai_cggm.handlers.clip import ClipGradients, unscale_once
+from monai_cggm.handlers.gradients import GradientRecorder
 from monai_cggm.handlers.images import ValidationImages
 from monai_cggm.handlers.in_order import InOrder
 from monai_cggm.handlers.progress import Progress
+from monai_cggm.handlers.resources import Resources
 from monai_cggm.handlers.run_info import RunInfo, write_run_info
 from monai_cggm.handlers.run_log import RunLog
 from monai_cggm.handlers.scores import RegionScores, ScoresWriter
@@ -16,9 +18,11 @@ __all__ = [
     "Checkpoints",
     "ClipGradients",
     "EpochSeed",
+    "GradientRecorder",
     "InOrder",
     "Progress",
     "RegionScores",
+    "Resources",
     "RunInfo",
     "RunLog",
     "ScoresWriter",

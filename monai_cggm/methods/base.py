@@ -18,9 +18,10 @@ from monai.utils import CommonKeys
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from monai_cggm.batches import PRESENT
 from monai_cggm.handlers.checkpoint import unwrapped
 from monai_cggm.handlers.clip import unscale_once
-from monai_cggm.methods.capture import Capture, detached
+from monai_cggm.methods.capture import Capture, detached, let_in
 from monai_cggm.methods.direction import cosines, head_gradient
 from monai_cggm.metrics.epsilon import Epsilon, RegionDice
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 #: layers whose weight gradient has the closed form of :func:`monai_cggm.methods.direction.head_gradient`
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-_FUSION = "fusion"
+#: the name under which the network's head is captured
+FUSION_HEAD = "fusion"
 
 
 @dataclass
@@ -43,6 +45,9 @@ class Step:
         delta: Δε, ``(M,)``, no graph (equation 6).
         fusion_gradient: g_F, the gradient of the head's weight, ``(n,)``; differentiable if the method asked for it.
         unimodal_gradients: g_i, the gradient of each classifier's last weight, ``(M, n)``, no graph.
+        logits: the network's prediction, with its graph.
+        predictions: each classifier's, with their graphs.
+        present: which modalities each sample has, boolean ``(B, M)`` on the CPU; None where all are there.
     """
 
     task_loss: Tensor
@@ -51,6 +56,13 @@ class Step:
     delta: Tensor
     fusion_gradient: Tensor
     unimodal_gradients: Tensor
+    logits: Tensor
+    predictions: list[Tensor]
+    present: Tensor | None
+
+
+#: a term that a part adds to the loss
+LossTerm = Callable[[Step], Tensor]
 
 
 class UnimodalObserver:
@@ -58,7 +70,8 @@ class UnimodalObserver:
 
     This is the state ``observe``: the paper's "without CGGM" curves (figures 2 and 6, Table 5) come from it, and the
     network's weights equal those of joint training bit for bit. Balancing methods extend it by ``extra_loss`` and
-    ``modulate``.
+    ``modulate``; parts that combine with any of them (:class:`AuxiliaryLosses`, :class:`Distillation`) are handlers of
+    their own that set ``unimodal_weights``, ``task_weight`` and ``loss_terms``.
 
     It attaches to MONAI's own ``SupervisedTrainer`` by three of its events: after ``LOSS_COMPLETED`` it runs the
     classifiers :math:`\hat y_{m_i} = f_i(h_i)` (equation 5) and adds their losses, which reach only the classifiers,
@@ -75,6 +88,17 @@ class UnimodalObserver:
         encoders: the encoder of each modality; default: ``network.encoders``.
         head: the network's last linear layer or 1×1 convolution; default: ``network.head``.
         classifier_heads: the like of each classifier; default: ``classifiers.heads``.
+
+    A case that lacks a modality (``present`` in the batch) counts for the classifiers of those it has: in their losses
+    and in ε. Under several processes a classifier's loss is then the mean of the processes' means.
+
+    Attributes:
+        unimodal_weights: share of each classifier's gradient that goes on into its encoder, ``(M,)``; None: nothing
+            does, the features are detached.
+        task_weight: factor of the task's loss and of what the method adds to it.
+        loss_terms: further terms of the loss, by name.
+        balance: the factors that a steering method gave the encoders last, ``(M,)``; None without such a method.
+        step: what is known of the current step, between ``LOSS_COMPLETED`` and ``BACKWARD_COMPLETED``; else None.
 
     Raises:
         ValueError: for parts that are missing, empty, overlapping or without gradient, modalities that differ between
@@ -122,11 +146,15 @@ class UnimodalObserver:
             raise ValueError("network and classifiers share a parameter: classifier losses would train the network")
         self.modalities = tuple(self.encoders)
         self.epsilon: Tensor | None = None
+        self.unimodal_weights: Tensor | None = None
+        self.task_weight = 1.0
+        self.loss_terms: dict[str, LossTerm] = {}
+        self.balance: Tensor | None = None
+        self.step: Step | None = None
         self._encoder_parameters = {m: list(e.parameters()) for m, e in self.encoders.items()}
         self._features = Capture(self.encoders)
-        self._heads = Capture({_FUSION: self.head, **self.classifier_heads}, full_precision=True)
+        self._heads = Capture({FUSION_HEAD: self.head, **self.classifier_heads}, full_precision=True)
         self._random_state = _own_random_state(classifiers)
-        self._step: Step | None = None
         self._scalars: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -173,28 +201,41 @@ class UnimodalObserver:
         self._features.active = self._heads.active = True
 
     def _after_loss(self, engine: SupervisedTrainer) -> None:
-        task_loss = engine.state.output[CommonKeys.LOSS]
+        output = engine.state.output
+        task_loss = output[CommonKeys.LOSS]
         self._scalars = {"loss/task": task_loss.detach()}
+        # where the fusion ran several times over one encoding, the first rows are those of the samples as they are
+        samples = len(output[CommonKeys.IMAGE])
         step = self._observe(
-            task_loss, engine.state.output[CommonKeys.LABEL], self.loss_function or engine.loss_function
+            task_loss,
+            output[CommonKeys.PRED][:samples],
+            output[CommonKeys.LABEL][:samples],
+            self.loss_function or engine.loss_function,
+            _present(engine.state.batch),
         )
         self._features.active = self._heads.active = False
         self._add_scalars("loss", step.losses.detach())
         self._add_scalars("epsilon", step.epsilon)
         self._add_scalars("cosine", cosines(step.fusion_gradient.detach(), step.unimodal_gradients))
         extra = self.extra_loss(step)
-        engine.state.output[CommonKeys.LOSS] = task_loss + step.losses.sum() + (0.0 if extra is None else extra)
+        loss = task_loss if extra is None else task_loss + extra
+        loss = (loss if self.task_weight == 1.0 else self.task_weight * loss) + step.losses.sum()
+        for name, term in self.loss_terms.items():
+            value = term(step)
+            self._scalars[f"loss/{name}"] = value.detach()
+            loss = loss + value
+        output[CommonKeys.LOSS] = loss
         self.epsilon = step.epsilon
-        self._step = step
+        self.step = step
 
     def _after_backward(self, engine: SupervisedTrainer) -> None:
-        if self._step is None:
+        if self.step is None:
             raise RuntimeError("BACKWARD_COMPLETED came without LOSS_COMPLETED: is this MONAI's SupervisedTrainer?")
         unscale_once(engine)
         self._add_scalars("gradient_norm", self._encoder_gradient_norms())
-        self.modulate(self._step)
+        self.modulate(self.step)
         # the step's graph is not needed any more
-        self._step = None
+        self.step = None
         self._features.clear()
         self._heads.clear()
 
@@ -206,21 +247,32 @@ class UnimodalObserver:
     def _finish(self, engine: SupervisedTrainer, *error: BaseException) -> None:
         self._features.remove()
         self._heads.remove()
-        self._step = None
+        self.step = None
         if error:  # a handler of EXCEPTION_RAISED takes the error over: hand it on
             raise error[0]
 
     # ------------------------------------------------------------------ one step
 
-    def _observe(self, task_loss: Tensor, target: Tensor, loss_function: Callable[..., Tensor]) -> Step:
+    def _observe(
+        self,
+        task_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        loss_function: Callable[..., Tensor],
+        present: Tensor | None,
+    ) -> Step:
         missing = [m for m in self.modalities if m not in self._features.outputs]
-        if missing or _FUSION not in self._heads.outputs:
-            parts = [*(f"encoder {m!r}" for m in missing), *(["head"] if _FUSION not in self._heads.outputs else [])]
+        if missing or FUSION_HEAD not in self._heads.outputs:
+            parts = [
+                *(f"encoder {m!r}" for m in missing),
+                *(["head"] if FUSION_HEAD not in self._heads.outputs else []),
+            ]
             raise RuntimeError(f"these parts did not run in the training step's forward pass: {', '.join(parts)}")
         predictions = self._classify(target)
-        losses = torch.stack([loss_function(p, target).mean() for p in predictions])
+        seen = [_rows_with(p, target, present, i) for i, p in enumerate(predictions)]
+        losses = torch.stack([_mean_loss(loss_function, *pair) for pair in seen])
         with torch.no_grad():
-            epsilon = self._measure(predictions, target)
+            epsilon = self._measure(predictions if present is None else None, seen, target)
         before = torch.zeros_like(epsilon) if self.epsilon is None else self.epsilon.to(epsilon)
         # no region of the metric in this batch: nothing was measured, nothing has changed
         epsilon = torch.where(torch.isfinite(epsilon), epsilon, before)
@@ -231,17 +283,27 @@ class UnimodalObserver:
             delta=epsilon - before,
             fusion_gradient=self._fusion_gradient(task_loss),
             unimodal_gradients=self._unimodal_gradients(losses),
+            logits=logits,
+            predictions=predictions,
+            present=present,
         )
 
     def _classify(self, target: Tensor) -> list[Tensor]:
-        features = {m: detached(self._features.outputs[m]) for m in self.modalities}
+        if self.unimodal_weights is None:
+            features = {m: detached(self._features.outputs[m]) for m in self.modalities}
+        else:
+            weights = dict(zip(self.modalities, self.unimodal_weights, strict=True))
+            features = {m: let_in(self._features.outputs[m], weights[m]) for m in self.modalities}
         self.classifiers.train()
         with self._own_random_numbers():
             predictions = self.classifiers(features, *((target.shape[2:],) if target.ndim > 2 else ()))
         return [predictions[m] for m in self.modalities]
 
-    def _measure(self, predictions: list[Tensor], target: Tensor) -> Tensor:
-        sums = self.metric.sums([p.detach() for p in predictions], target)
+    def _measure(self, predictions: list[Tensor] | None, seen: list[tuple[Tensor, Tensor]], target: Tensor) -> Tensor:
+        if predictions is not None:  # all modalities in one count
+            sums = self.metric.sums([p.detach() for p in predictions], target)
+        else:
+            sums = torch.cat([self.metric.sums([p.detach()], t) for p, t in seen])
         # ratios of sums over all ranks, as one process with the whole batch would see
         if idist.get_world_size() > 1:
             sums = torch.as_tensor(idist.all_reduce(sums))
@@ -250,11 +312,11 @@ class UnimodalObserver:
         return self.metric.value(sums)
 
     def _fusion_gradient(self, task_loss: Tensor) -> Tensor:
-        output = self._heads.outputs[_FUSION]
+        output = self._heads.outputs[FUSION_HEAD]
         (delta,) = torch.autograd.grad(
             task_loss, output, create_graph=self.differentiable_fusion_gradient, retain_graph=True
         )
-        gradient = self._head_gradient(delta, _FUSION, self.head)
+        gradient = self._head_gradient(delta, FUSION_HEAD, self.head)
         return gradient if self.differentiable_fusion_gradient else gradient.detach()
 
     def _unimodal_gradients(self, losses: Tensor) -> Tensor:
@@ -312,6 +374,37 @@ class UnimodalObserver:
             raise ValueError(f"checkpoint is of modalities {state['modalities']}, this run has {list(self.modalities)}")
         self.epsilon = state.get("epsilon")
         self._random_state = state.get("random_state", self._random_state)
+
+
+def needs_observer(observer: object, part: object) -> None:
+    """Refuse a part that is given no observer, as a configuration does whose method is ``null``."""
+    if not isinstance(observer, UnimodalObserver):
+        raise ValueError(
+            f"{type(part).__name__} needs a method or a UnimodalObserver, which run the classifiers, got {observer!r}; "
+            "with joint training choose methods/observe.yaml in place of methods/joint.yaml"
+        )
+
+
+def _present(batch: Any) -> Tensor | None:
+    """The batch's mask of the modalities that each case has, or None where none is missing."""
+    mask = batch.get(PRESENT) if isinstance(batch, Mapping) else None
+    return None if mask is None or bool(mask.all()) else mask.bool().cpu()
+
+
+def _rows_with(prediction: Tensor, target: Tensor, present: Tensor | None, modality: int) -> tuple[Tensor, Tensor]:
+    """Prediction and target of the samples that have this modality."""
+    if present is None:
+        return prediction, target
+    rows = present[:, modality].nonzero().squeeze(1).to(target.device)
+    return prediction[rows], target[rows]
+
+
+def _mean_loss(loss_function: Callable[..., Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    if len(target):
+        return loss_function(prediction, target).mean()
+    if idist.get_world_size() > 1:  # take part in what the loss adds over the ranks, which it does where autograd is on
+        loss_function(prediction.detach(), target)
+    return prediction.sum()  # the mean over no sample is not a number
 
 
 def _mean_over_ranks(local: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,12 +65,46 @@ class Capture:
         return keep
 
 
+def let_in(features: Any, weight: Tensor | float) -> Any:
+    """Return the same features, through which a gradient goes back multiplied by ``weight``.
+
+    A weight of 0 lets nothing through; :func:`detached` does that without a graph.
+
+    Args:
+        features: a tensor, or a tuple, list or dict of tensors.
+        weight: a number, or a tensor of one.
+
+    Example:
+        >>> h = torch.ones(2, requires_grad=True)
+        >>> let_in(h, 0.5).sum().backward()
+        >>> h.grad
+        tensor([0.5000, 0.5000])
+    """
+    return _mapped(features, lambda tensor: _ScaledGradient.apply(tensor, weight))
+
+
 def detached(features: Any) -> Any:
     """Return a tensor, or a tuple, list or dict of tensors, cut off from the graph."""
+    return _mapped(features, Tensor.detach)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor | float) -> Tensor:
+        ctx.weight = weight
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.weight
+        return gradient * (weight.to(gradient) if isinstance(weight, Tensor) else weight), None
+
+
+def _mapped(features: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(features, Tensor):
-        return features.detach()
+        return function(features)
     if isinstance(features, Mapping):
-        return {key: detached(value) for key, value in features.items()}
+        return {key: _mapped(value, function) for key, value in features.items()}
     if isinstance(features, (tuple, list)):
-        return type(features)(detached(value) for value in features)
+        return type(features)(_mapped(value, function) for value in features)
     raise TypeError(f"an encoder must return tensors, or tuples, lists or dicts of them, got {type(features).__name__}")

@@ -7,14 +7,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
 from monai_cggm.methods.balance import Rule, balance, mean_factor
-from monai_cggm.methods.base import Step, UnimodalObserver
+from monai_cggm.methods.base import FUSION_HEAD, Step
 from monai_cggm.methods.direction import direction_loss
+from monai_cggm.methods.steering import Steering
 from monai_cggm.metrics.epsilon import Epsilon
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 Direction = Literal["gradient", "weights", "lagged", "off"]
 
 
-class CGGM(UnimodalObserver):
+class CGGM(Steering):
     r"""Scale each encoder's gradient by its balance term and turn the fusion's gradient towards lagging modalities.
 
     In every iteration, with ε the classifiers' metric and :math:`\Delta\varepsilon` its change since the last one:
@@ -41,7 +43,7 @@ class CGGM(UnimodalObserver):
     Under Adam a constant factor on a gradient cancels; only the changes of B act there.
 
     Args:
-        network: see :class:`UnimodalObserver`, as for all arguments that are not listed here.
+        network: see :class:`UnimodalObserver`.
         classifiers: see there.
         metric: see there; the paper: Dice for segmentation, accuracy, or mean absolute error.
         rho: ρ, default from Table 7 for BraTS.
@@ -51,10 +53,14 @@ class CGGM(UnimodalObserver):
             loss gets the *previous* step's L_gm, which is a constant and changes no gradient. ``"weights"``: as in the
             authors' released code: cosine of the head *weights* of the previous step, which pulls the fusion's head
             towards the classifiers' heads. ``"off"``: magnitude only.
-        magnitude: False leaves the encoders' gradients alone (the direction-only row of Table 6).
+        max_share: largest norm of the direction term's gradient at the head's input, over that of the task's; λ is
+            made smaller in a step where it would be more. The paper has no such bound, and the gradient of a cosine
+            grows as 1/‖g_F‖ while the task's shrinks. None: no bound.
+        parts: ``magnitude`` (False: the direction-only row of Table 6) and ``control`` of :class:`Steering`, and the
+            arguments of :class:`UnimodalObserver`.
 
     Raises:
-        ValueError: for fewer than two modalities, ρ ≤ 0, λ < 0, or an unknown rule or direction.
+        ValueError: for fewer than two modalities, ρ ≤ 0, λ < 0, max_share ≤ 0, or an unknown rule or direction.
 
     Example:
         >>> from monai_cggm.metrics import RegionDice
@@ -76,18 +82,18 @@ class CGGM(UnimodalObserver):
         lam: float = 0.1,
         rule: Rule = "paper",
         direction: Direction = "gradient",
-        magnitude: bool = True,
+        max_share: float | None = None,
         **parts: Any,
     ) -> None:
         super().__init__(network, classifiers, metric, **parts)
-        if len(self.modalities) < 2:
-            raise ValueError(f"CGGM balances two modalities or more, the network has {list(self.modalities)}")
         if not rho > 0:
             raise ValueError(f"rho must be positive, got {rho}")
         if not lam >= 0:
             raise ValueError(f"lam must not be negative, got {lam}")
         if direction not in ("gradient", "weights", "lagged", "off"):
             raise ValueError(f"direction must be 'gradient', 'weights', 'lagged' or 'off', got {direction!r}")
+        if max_share is not None and not max_share > 0:
+            raise ValueError(f"max_share must be positive or None, got {max_share}")
         balance(
             torch.ones(len(self.modalities)), rho, rule
         )  # refuses an unknown rule now rather than in the first step
@@ -95,9 +101,8 @@ class CGGM(UnimodalObserver):
         self.lam = lam
         self.rule: Rule = rule
         self.direction: Direction = direction
-        self.magnitude = magnitude
+        self.max_share = max_share
         self.differentiable_fusion_gradient = direction == "gradient" and lam > 0
-        self._balance: Tensor | None = None
         #: what the direction modes that look back keep of the last step
         self._previous: dict[str, Tensor] = {}
         self._counts: Tensor | None = None
@@ -106,7 +111,8 @@ class CGGM(UnimodalObserver):
         """Say what is attached and how, for the line that the log starts with."""
         return (
             f"CGGM(modalities={list(self.modalities)}, rho={self.rho}, lam={self.lam}, rule={self.rule!r}, "
-            f"direction={self.direction!r}, magnitude={self.magnitude})"
+            f"direction={self.direction!r}, max_share={self.max_share}, magnitude={self.magnitude}, "
+            f"control={self.control!r})"
         )
 
     def attach(self, engine: SupervisedTrainer) -> None:
@@ -115,30 +121,35 @@ class CGGM(UnimodalObserver):
         for moment in (Events.EPOCH_COMPLETED(once=1), Events.COMPLETED):
             engine.add_event_handler(moment, self._warn)
 
-    def extra_loss(self, step: Step) -> Tensor | None:
-        """Return λ L_gm of equation 13, and settle this step's B."""
+    def terms(self, step: Step) -> Tensor:
+        """Return equation 7 of this step's Δε under the rule."""
         terms, bounded, undefined = balance(step.delta, self.rho, self.rule)
-        self._balance = terms
         acted = torch.stack([bounded, undefined]).long()
         self._counts = acted if self._counts is None else self._counts.to(acted.device) + acted
-        self._add_scalars("balance", terms)
         self._scalars |= {"balance_bounded": bounded, "balance_undefined": undefined}
+        return terms
+
+    def extra_loss(self, step: Step) -> Tensor | None:
+        """Settle this step's B, and return λ L_gm of equation 13."""
+        super().extra_loss(step)
+        assert self.balance is not None
         if self.direction == "off":
             return None
-        loss = self._direction_loss(step, terms.to(step.fusion_gradient.dtype))
+        loss = self._direction_loss(step, self.balance.to(step.fusion_gradient.dtype))
         self._scalars["loss/gm"] = loss.detach()
-        return self.lam * loss
+        return self._lam(step, loss) * loss
 
-    def modulate(self, step: Step) -> None:
-        """Multiply encoder i's gradients by B_i, equation 8."""
-        assert self._balance is not None
-        before = torch.stack([self._scalars[f"gradient_norm/{m}"] for m in self.modalities])
-        factors = self._balance.to(before) if self.magnitude else torch.ones_like(before)
-        if self.magnitude:
-            for modality, factor in zip(self.modalities, factors, strict=True):
-                gradients = [p.grad for p in self._encoder_parameters[modality] if p.grad is not None]
-                torch._foreach_mul_(gradients, factor)
-        self._add_scalars("modulated_norm", before * factors.abs())
+    def _lam(self, step: Step, loss: Tensor) -> Tensor | float:
+        """λ, or less where the direction term would take more than its share."""
+        if self.max_share is None or not self.differentiable_fusion_gradient:
+            return self.lam  # without g_F's graph the term does not reach the head's input
+        fused = self._heads.inputs[FUSION_HEAD]
+        (task,) = torch.autograd.grad(step.task_loss, fused, retain_graph=True)
+        (gm,) = torch.autograd.grad(loss, fused, retain_graph=True)
+        allowed = self.max_share * _norm_over_ranks(task) / _norm_over_ranks(gm).clamp(min=1e-30)
+        lam = allowed.clamp(max=self.lam)
+        self._scalars["lam"] = lam
+        return lam
 
     def _direction_loss(self, step: Step, terms: Tensor) -> Tensor:
         if self.direction == "gradient":
@@ -193,3 +204,8 @@ class CGGM(UnimodalObserver):
         super().load_state_dict(state)
         self._previous = dict(state["previous"])
         self._counts = state.get("counts")
+
+
+def _norm_over_ranks(gradient: Tensor) -> Tensor:
+    square = gradient.detach().float().square().sum()
+    return torch.as_tensor(idist.all_reduce(square) if idist.get_world_size() > 1 else square).sqrt()

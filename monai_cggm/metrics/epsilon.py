@@ -82,7 +82,7 @@ class RegionDice:
 
     def absent(self, sums: Tensor) -> Tensor:
         """Return how many regions the batch's truth lacks, a scalar."""
-        return (sums.chunk(3, dim=1)[2][0] == 0).sum()
+        return (sums.chunk(3, dim=1)[2].amax(dim=0) == 0).sum()
 
     def _confusion(self, predictions: Sequence[Tensor], target: Tensor) -> Tensor:
         k, m = self.num_classes, len(predictions)

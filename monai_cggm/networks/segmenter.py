@@ -87,33 +87,66 @@ class MultimodalSegmenter(nn.Module):
             x: ``(B, M, *S)``, the modalities in the declared order; S is any size (padded inside, and cropped back).
             present: boolean ``(B, M)``; the features of a modality that is absent are exactly zero, whatever stands
                 in its channel. In training with batch norm its encoder's statistics still see that channel. None:
-                all are present.
+                all are present. With ``(R * B, M)`` the encoders run once and the fusion R times: row ``r * B + b`` is
+                sample b's.
 
         Returns:
-            Logits ``(B, num_classes, *S)``.
+            Logits ``(B, num_classes, *S)``, or ``(R * B, num_classes, *S)``.
 
         Raises:
             ValueError: for another number of channels, or a mask of another shape.
         """
+        _check_present(present, len(self.encoders))
+        if present is not None and present.shape[0] % x.shape[0] != 0:
+            raise ValueError(
+                f"present must have a row, or several, for each of {x.shape[0]} samples, got {present.shape}"
+            )
+        return self.decode(self.encode(x), list(x.shape[2:]), present)
+
+    def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the encoders: ``x`` ``(B, M, *S)`` gives each modality's low- and high-level features."""
         if x.shape[1] != len(self.encoders):
             raise ValueError(f"expected {len(self.encoders)} channels, one a modality, got {x.shape[1]}")
-        if present is not None and (present.dim() != 2 or present.shape[1] != x.shape[1]):
-            raise ValueError(f"present must have shape (batch, {x.shape[1]}), got {present.shape}")
-        size = list(x.shape[2:])
         x = pad_to_multiple(x, self.output_stride)
-        lows: list[Tensor] = []
-        highs: list[Tensor] = []
+        low: list[Tensor] = []
+        high: list[Tensor] = []
         for index, encoder in enumerate(self.encoders.values()):
-            low, high = encoder(x[:, index : index + 1])
-            if present is not None:
-                low = _zero_absent(low, present[:, index])
-                high = _zero_absent(high, present[:, index])
-            lows.append(low)
-            highs.append(high)
-        return upsample_logits(self.head(self.decoder(lows, highs)), size, self.low_stride)
+            features = encoder(x[:, index : index + 1])
+            low.append(features[0])
+            high.append(features[1])
+        return low, high
+
+    def decode(
+        self, features: tuple[list[Tensor], list[Tensor]], size: list[int], present: Tensor | None = None
+    ) -> Tensor:
+        """Fuse and decode what :meth:`encode` returned.
+
+        One call of ``encode`` may be decoded under several masks: encoders are most of the time.
+
+        Args:
+            features: low-level features of each modality, and high-level features of each.
+            size: spatial size of the image.
+            present: as in :meth:`forward`.
+
+        Returns:
+            Logits ``(B, num_classes, *size)``.
+        """
+        low, high = features
+        _check_present(present, len(low))
+        if present is not None:
+            low = [_zero_absent(h, present[:, index]) for index, h in enumerate(low)]
+            high = [_zero_absent(h, present[:, index]) for index, h in enumerate(high)]
+        return upsample_logits(self.head(self.decoder(low, high)), size, self.low_stride)
+
+
+def _check_present(present: Tensor | None, modalities: int) -> None:
+    if present is not None and (present.dim() != 2 or present.shape[1] != modalities):
+        raise ValueError(f"present must have shape (batch, {modalities}), got {present.shape}")
 
 
 def _zero_absent(features: Tensor, present: Tensor) -> Tensor:
+    if present.shape[0] != features.shape[0]:
+        features = features.repeat([present.shape[0] // features.shape[0]] + [1] * (features.dim() - 1))
     # Filled, not multiplied: an absent channel may hold anything, and NaN × 0 is NaN.
     absent = present.to(features.device).logical_not()
     return features.masked_fill(absent.view([-1] + [1] * (features.dim() - 1)), 0.0)

@@ -193,7 +193,7 @@ class FusionAndUnimodal(nn.Module):
         """Segment ``x`` ``(B, M, *S)``; see :class:`MultimodalSegmenter` for ``present``.
 
         Returns:
-            ``fusion`` and each modality → logits ``(B, num_classes, *S)``.
+            ``fusion`` and each modality that some sample has → logits ``(B, num_classes, *S)``.
         """
         features: dict[str, Any] = {}
         handles = [
@@ -205,4 +205,8 @@ class FusionAndUnimodal(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return {"fusion": fusion, **self.classifiers(features, x.shape[2:])}
+        unimodal = self.classifiers(features, x.shape[2:])
+        if present is not None:
+            there = dict(zip(features, present.any(dim=0).tolist(), strict=True))
+            unimodal = {name: logits for name, logits in unimodal.items() if there[name]}
+        return {"fusion": fusion, **unimodal}

@@ -25,7 +25,12 @@ from monai_cggm.errors import users_error
 from monai_cggm.networks import MultimodalSegmenter
 from tests.bundles.running import BUNDLE, CONFIGS, NETWORK, TINY, command, environment, run, workflow
 
-OVERLAYS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "hardware")
+#: what is merged over train.yaml for training: not plans of a comparison, nor what is for evaluation only
+OVERLAYS = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name not in ("hardware", "studies") and path.stem != "ensemble"
+)
 METHOD_PARTS = {"epsilon", "balance", "gradient_norm", "modulated_norm", "cosine"}
 
 
@@ -47,6 +52,7 @@ def trained(cases, tmp_path_factory):
 def test_a_run_leaves_everything_it_learnt(trained):
     names = {p.name for p in trained.iterdir()}
     assert {"config.yaml", "environment.json", "split.json", "iterations.csv", "epochs.csv", "model.pt"} <= names
+    assert "resources.json" in names
     assert [p.name for p in sorted((trained / "checkpoints").iterdir())] == ["epoch_0001.pt", "epoch_0002.pt"]
     iterations = pd.read_csv(trained / "iterations.csv")
     assert iterations["iteration"].tolist() == [1, 2, 3, 4]

@@ -11,39 +11,9 @@ from torch import nn
 from monai_cggm.handlers import ClipGradients
 from monai_cggm.methods import CGGM, UnimodalObserver
 from monai_cggm.methods.direction import direction_loss, head_gradient
-from monai_cggm.metrics import NegativeMAE, RegionDice
+from monai_cggm.metrics import NegativeMAE
 from tests.methods import toy
-
-REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
-
-
-def parts(modalities=toy.MODALITIES, *, dtype=torch.float32, dropout=0.0, seed=0):
-    torch.manual_seed(seed)
-    network = toy.ToyNetwork(modalities).to(dtype)
-    return network, toy.ToyClassifiers(modalities, dropout=dropout).to(dtype)
-
-
-def metric():
-    return RegionDice(REGIONS, 4)
-
-
-def everything(*modules):
-    return [p for m in modules for p in m.parameters()]
-
-
-def gradients_of_one_step(network, classifiers, data, method):
-    """Run one iteration of the stock trainer and return what the optimizer saw."""
-    engine = toy.trainer(network, everything(network, classifiers), data, method, lr=0.0)
-    seen = {}
-
-    @engine.on(IterationEvents.MODEL_COMPLETED)
-    def keep(engine):
-        seen.update({n: p.grad.clone() for n, p in network.named_parameters()})
-        seen.update({f"classifiers.{n}": p.grad.clone() for n, p in classifiers.named_parameters()})
-        seen["scalars"] = engine.state.scalars
-
-    engine.run()
-    return seen
+from tests.methods.toy import everything, gradients_of_one_step, metric, parts
 
 
 def reference(network, classifiers, batch, *, rho, lam):
@@ -57,7 +27,7 @@ def reference(network, classifiers, batch, *, rho, lam):
     def dice(prediction):
         classes, truth = prediction.argmax(1).numpy(), label[:, 0].numpy()
         scores = []
-        for region in REGIONS.values():
+        for region in toy.REGIONS.values():
             p, t = np.isin(classes, region), np.isin(truth, region)
             scores.append(2 * (p & t).sum() / (p.sum() + t.sum()))
         return np.mean(scores)
@@ -199,7 +169,7 @@ def test_magnitude_touches_the_declared_encoders_and_nothing_else():
     scaled = gradients_of_one_step(network, classifiers, [batch], CGGM(network, classifiers, metric(), direction="off"))
     terms = {m: scaled["scalars"][f"balance/{m}"] for m in toy.MODALITIES}
     assert len({round(t, 6) for t in terms.values()}) > 1
-    for name in set(plain) - {"scalars"}:
+    for name in set(plain) - {"scalars", "loss"}:
         owner = next((m for m in toy.MODALITIES if name.startswith(f"encoders.{m}.")), None)
         torch.testing.assert_close(scaled[name], plain[name] * (terms[owner] if owner else 1.0), msg=name)
 
@@ -443,6 +413,8 @@ def test_wrong_parts_are_refused_at_construction(spoil, message):
         ({"lam": -0.1}, "lam must not be negative, got -0.1"),
         ({"rule": "soft"}, "got 'soft'"),
         ({"direction": "up"}, "got 'up'"),
+        ({"max_share": 0.0}, "max_share must be positive or None, got 0.0"),
+        ({"control": "reversed"}, "none, constant, shuffled, got 'reversed'"),
     ],
 )
 def test_wrong_numbers_are_refused_at_construction(arguments, message):
@@ -518,3 +490,47 @@ def test_a_user_s_network_with_other_names():
     engine.run()
     assert all(not torch.equal(before[n], w) for n, w in network.state_dict().items())
     assert set(engine.state.scalars) >= {"balance/l", "balance/r", "cosine/r"}
+
+
+def norms_at_the_head_s_input(network, classifiers, batch, terms):
+    """‖∂L_task/∂z‖ and ‖∂L_gm/∂z‖ with nothing but autograd."""
+    label = batch["label"]
+    features = toy.features_of(network, batch["image"])
+    z = network.trunk(torch.cat(list(features.values()), dim=1)).detach().requires_grad_()
+    task = toy.cross_entropy(network.head(z), label)
+    (g_fusion,) = torch.autograd.grad(task, network.head.weight, create_graph=True)
+    loss = 0.0
+    for (m, prediction), term in zip(classifiers(features, label.shape[2:]).items(), terms, strict=True):
+        (g,) = torch.autograd.grad(toy.cross_entropy(prediction, label), classifiers.heads[m].weight, retain_graph=True)
+        cosine = nn.functional.cosine_similarity(g_fusion.flatten(), g.flatten(), dim=0)
+        loss = loss + (abs(term) - term * cosine) / len(terms)
+    return [torch.autograd.grad(x, z, retain_graph=True)[0].norm().item() for x in (task, loss)]
+
+
+@pytest.mark.parametrize("modalities", [("pet", "ct"), toy.MODALITIES], ids=len)
+@pytest.mark.parametrize(("lam", "share"), [(50.0, 0.2), (5.0, 1.5), (1e-4, 0.2)])
+def test_the_direction_term_gets_its_share_of_the_gradient_at_most(lam, share, modalities):
+    network, classifiers = parts(modalities, dtype=torch.float64)
+    (batch,) = toy.batches(1, modalities=len(modalities), size=7, dtype=torch.float64)
+    terms = reference(network, classifiers, batch, rho=1.2, lam=lam)[1]
+    task, direction = norms_at_the_head_s_input(network, classifiers, batch, list(terms.values()))
+    bound = share * task / direction
+    assert (bound < lam) == (lam > 1)
+    expected = reference(network, classifiers, batch, rho=1.2, lam=min(lam, bound))[0]
+    method = CGGM(network, classifiers, metric(), rho=1.2, lam=lam, max_share=share)
+    seen = gradients_of_one_step(network, classifiers, [batch], method)
+    assert seen["scalars"]["lam"] == pytest.approx(min(lam, bound), rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-5, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("direction", ["weights", "lagged", "off"])
+def test_a_bound_changes_nothing_where_the_direction_term_does_not_reach_the_head_s_input(direction):
+    def trained(max_share):
+        network, classifiers = parts()
+        method = CGGM(network, classifiers, metric(), lam=0.5, direction=direction, max_share=max_share)
+        toy.trainer(network, everything(network, classifiers), toy.batches(3), method).run()
+        return network.state_dict()
+
+    free, bounded = trained(None), trained(1e-6)
+    assert all(torch.equal(free[name], weight) for name, weight in bounded.items())

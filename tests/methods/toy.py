@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
+from monai_cggm.metrics import RegionDice
+
 MODALITIES = ("flair", "t1ce", "t1", "t2")
+REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 
 
 class ToyNetwork(nn.Module):
@@ -26,6 +31,16 @@ class ToyNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = [encoder(x[:, i : i + 1]) for i, encoder in enumerate(self.encoders.values())]
         return self.head(self.trunk(torch.cat(features, dim=1)))
+
+
+class MaskedNetwork(ToyNetwork):
+    """The like, told which modalities are there: the features of the others are zero."""
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        features = torch.stack([encoder(x[:, i : i + 1]) for i, encoder in enumerate(self.encoders.values())], dim=1)
+        if present is not None:
+            features = features.masked_fill(~present[:, :, None, None, None], 0.0)
+        return self.head(self.trunk(features.flatten(1, 2)))
 
 
 class ToyClassifiers(nn.Module):
@@ -102,3 +117,49 @@ def trainer(network, parameters, data, method=None, *, handlers=(), lr=0.1, loss
         decollate=False,
         **kwargs,
     )
+
+
+def parts(modalities=MODALITIES, *, dtype=torch.float32, dropout=0.0, seed=0, network=ToyNetwork):
+    """A network and its classifiers, the same for the same seed."""
+    torch.manual_seed(seed)
+    made = network(modalities).to(dtype)
+    return made, ToyClassifiers(modalities, dropout=dropout).to(dtype)
+
+
+def metric():
+    return RegionDice(REGIONS, 4)
+
+
+def everything(*modules):
+    return [p for m in modules for p in m.parameters()]
+
+
+def numpy_dice(prediction: Tensor, label: Tensor) -> float:
+    """Mean Dice over the regions that the truth has, voxels pooled over the batch."""
+    classes, truth = prediction.argmax(1).numpy(), label[:, 0].numpy()
+    scores = []
+    for region in REGIONS.values():
+        p, t = np.isin(classes, region), np.isin(truth, region)
+        if t.any():
+            scores.append(2 * (p & t).sum() / (p.sum() + t.sum()))
+    return float(np.mean(scores))
+
+
+def features_of(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    return {m: encoder(image[:, i : i + 1]) for i, (m, encoder) in enumerate(network.encoders.items())}
+
+
+def gradients_of_one_step(network, classifiers, data, method, *, handlers=(), **kwargs):
+    """Run a stock trainer that moves no weight, and return what its optimizer saw in the last iteration."""
+    engine = trainer(network, everything(network, classifiers), data, method, handlers=handlers, lr=0.0, **kwargs)
+    seen = {}
+
+    @engine.on(IterationEvents.MODEL_COMPLETED)
+    def keep(engine):
+        seen.update({n: p.grad.clone() for n, p in network.named_parameters()})
+        seen.update({f"classifiers.{n}": p.grad.clone() for n, p in classifiers.named_parameters()})
+        seen["scalars"] = engine.state.scalars
+        seen["loss"] = engine.state.output["loss"].item()
+
+    engine.run()
+    return seen

@@ -109,6 +109,24 @@ def test_runs_each_encoder_once(both):
     assert hooks_on(both.network) == 2
 
 
+@pytest.mark.parametrize(
+    ("present", "rows"),
+    [
+        ([[True, True], [True, True]], TWO),
+        ([[True, False], [False, True]], TWO),
+        ([[False, True], [False, True]], ["t2"]),
+        ([[True, False], [True, False]], ["flair"]),
+    ],
+)
+def test_classifiers_of_modalities_that_no_sample_has_are_left_out(present, rows, both):
+    x = torch.randn(2, 2, 32, 32)
+    with torch.no_grad():
+        everyone, found = both(x), both(x, torch.tensor(present))
+        assert torch.equal(found["fusion"], both.network(x, torch.tensor(present)))
+    assert list(found) == ["fusion", *rows]
+    assert all(torch.equal(found[name], everyone[name]) for name in rows)
+
+
 def test_leaves_no_hook_behind_when_the_network_fails(both):
     with pytest.raises(ValueError, match="expected 2 channels"):
         both(torch.zeros(1, 3, 32, 32))
@@ -129,9 +147,10 @@ def test_slice_inferer_returns_a_dict_of_volumes(both):
     volume = torch.randn(1, 2, 24, 33, 5)
     inferer = SliceInferer(roi_size=(24, 33), sw_batch_size=2, spatial_dim=2)
     with torch.no_grad():
-        volumes = inferer(volume, Present(both, torch.tensor([True, False])))
+        volumes = inferer(volume, Present(both, torch.tensor([True, True])))
         assert set(volumes) == {"fusion", *TWO}  # the inferer sorts them
+        assert set(inferer(volume, Present(both, torch.tensor([True, False])))) == {"fusion", "flair"}
         for depth in range(5):
-            expected = both(volume[..., depth], torch.tensor([[True, False]]))
+            expected = both(volume[..., depth], torch.tensor([[True, True]]))
             for name, logits in volumes.items():
                 torch.testing.assert_close(logits[..., depth], expected[name])

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the methods that scale encoder gradients share: their controls, and the scaling itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from monai_cggm.methods.base import Step, UnimodalObserver
+from monai_cggm.metrics.epsilon import Epsilon
+
+Control = Literal["none", "constant", "shuffled"]
+CONTROLS: tuple[Control, ...] = ("none", "constant", "shuffled")
+
+
+def controlled(terms: Tensor, control: Control) -> Tensor:
+    """Take away what makes balance terms a balance, and leave the rest: their size and their course over time.
+
+    Args:
+        terms: B, ``(M,)``.
+        control: ``"none"``: as they are. ``"constant"``: every modality gets the mean of B. ``"shuffled"``: every
+            modality gets the term of the one before it, the first that of the last.
+
+    Returns:
+        Terms ``(M,)`` with the same sum.
+
+    Raises:
+        ValueError: for a control that does not exist.
+
+    Example:
+        >>> terms = torch.tensor([0.6, 0.9, 1.5])
+        >>> controlled(terms, "constant"), controlled(terms, "shuffled")
+        (tensor([1., 1., 1.]), tensor([1.5000, 0.6000, 0.9000]))
+    """
+    if control == "none":
+        return terms
+    if control == "constant":
+        return terms.mean().expand_as(terms)
+    if control == "shuffled":
+        return terms.roll(1)
+    raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")
+
+
+class Steering(UnimodalObserver):
+    """An observer that multiplies each encoder's gradient by a balance term B (equation 8).
+
+    A method says by :meth:`terms` what B is. Its controls come with it: a method that is better than joint training but
+    not than its own ``constant`` and ``shuffled`` runs has not shown that balancing helps.
+
+    Args:
+        network: see :class:`UnimodalObserver`, as for the next two and ``parts``.
+        classifiers: see there.
+        metric: see there.
+        control: see :func:`controlled`.
+        magnitude: False leaves the encoders' gradients alone; B then acts only where a part of the method or another
+            handler reads it.
+        parts: keyword arguments of :class:`UnimodalObserver`.
+
+    Raises:
+        ValueError: for fewer than two modalities, or a control that does not exist.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classifiers: nn.Module,
+        metric: Epsilon,
+        *,
+        control: Control = "none",
+        magnitude: bool = True,
+        **parts: Any,
+    ) -> None:
+        super().__init__(network, classifiers, metric, **parts)
+        if len(self.modalities) < 2:
+            raise ValueError(
+                f"{type(self).__name__} balances two modalities or more, the network has {list(self.modalities)}"
+            )
+        controlled(torch.ones(1), control)  # refuses an unknown control now rather than in the first step
+        self.control: Control = control
+        self.magnitude = magnitude
+
+    def terms(self, step: Step) -> Tensor:
+        """Return this step's B before any control, ``(M,)``."""
+        raise NotImplementedError
+
+    def extra_loss(self, step: Step) -> Tensor | None:
+        """Settle this step's B."""
+        self.balance = controlled(self.terms(step), self.control)
+        self._add_scalars("balance", self.balance)
+        return None
+
+    def modulate(self, step: Step) -> None:
+        """Multiply encoder i's gradients by B_i, equation 8."""
+        assert self.balance is not None
+        before = torch.stack([self._scalars[f"gradient_norm/{m}"] for m in self.modalities])
+        factors = self.balance.to(before) if self.magnitude else torch.ones_like(before)
+        if self.magnitude:
+            for modality, factor in zip(self.modalities, factors, strict=True):
+                gradients = [p.grad for p in self._encoder_parameters[modality] if p.grad is not None]
+                torch._foreach_mul_(gradients, factor)
+        self._add_scalars("modulated_norm", before * factors.abs())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the observer's state and the last B, which other parts read in the step after it."""
+        state = super().state_dict()
+        if self.balance is not None:
+            state["balance"] = self.balance.cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.balance = state.get("balance")

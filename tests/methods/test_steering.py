@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Controls of a balance, and the scaling of the encoders' gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from monai_cggm.methods import CGGM, RelativeBalance, controlled
+from monai_cggm.methods.steering import CONTROLS
+from tests.methods import toy
+from tests.methods.toy import gradients_of_one_step, metric, parts
+
+MODALITIES = [("pet", "ct"), ("flair", "t1", "t2"), toy.MODALITIES]
+
+
+@pytest.mark.parametrize(
+    ("terms", "constant", "shuffled"),
+    [
+        ([0.4, 1.6], [1.0, 1.0], [1.6, 0.4]),
+        ([0.5, 1.0, 3.0], [1.5, 1.5, 1.5], [3.0, 0.5, 1.0]),
+        ([-1.0, 0.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], [3.0, -1.0, 0.0, 2.0]),
+    ],
+)
+def test_controls_by_hand(terms, constant, shuffled):
+    terms = torch.tensor(terms, dtype=torch.float64)
+    assert controlled(terms, "none").tolist() == terms.tolist()
+    assert controlled(terms, "constant").tolist() == constant
+    assert controlled(terms, "shuffled").tolist() == shuffled
+
+
+def test_an_unknown_control_is_refused():
+    with pytest.raises(ValueError, match="one of none, constant, shuffled, got 'random'"):
+        controlled(torch.ones(3), "random")
+    with pytest.raises(ValueError, match="got 'random'"):
+        RelativeBalance(*parts(), metric(), control="random")
+
+
+def uncontrolled_terms(method, epsilon):
+    """B of the first step by NumPy: equation 7 with ε = 0 before it, and the relative rule."""
+    if method is CGGM:
+        return 1.2 * (epsilon.sum() - epsilon) / epsilon.sum()
+    raw = np.clip(1 + 1.0 * (epsilon.mean() - epsilon) / epsilon.mean(), 0.5, 1.5)
+    return raw / raw.mean()
+
+
+def make(method, network, classifiers, **kwargs):
+    extra = {"rho": 1.2, "direction": "off"} if method is CGGM else {"strength": 1.0, "bounds": (0.5, 1.5)}
+    return method(network, classifiers, metric(), **extra, **kwargs)
+
+
+@pytest.mark.parametrize("modalities", MODALITIES, ids=len)
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("method", [CGGM, RelativeBalance])
+def test_encoder_gradients_are_the_task_s_times_the_controlled_terms(method, control, modalities):
+    network, classifiers = parts(modalities, dtype=torch.float64)
+    (batch,) = toy.batches(1, modalities=len(modalities), size=8, dtype=torch.float64)
+    task = toy.cross_entropy(network(batch["image"]), batch["label"])
+    names = [name for name, _ in network.named_parameters()]
+    plain = dict(zip(names, torch.autograd.grad(task, list(network.parameters())), strict=True))
+    predictions = classifiers(toy.features_of(network, batch["image"]), batch["label"].shape[2:])
+    terms = uncontrolled_terms(method, np.array([toy.numpy_dice(p, batch["label"]) for p in predictions.values()]))
+    assert np.ptp(terms) > 1e-3
+    factors = {
+        "none": terms,
+        "constant": np.full_like(terms, terms.mean()),
+        "shuffled": np.concatenate([terms[-1:], terms[:-1]]),
+    }[control]
+
+    seen = gradients_of_one_step(network, classifiers, [batch], make(method, network, classifiers, control=control))
+    for name, gradient in plain.items():
+        owner = next((i for i, m in enumerate(modalities) if name.startswith(f"encoders.{m}.")), None)
+        expected = gradient if owner is None else gradient * factors[owner]
+        torch.testing.assert_close(seen[name], expected, rtol=1e-9, atol=1e-14, msg=name)
+    reported = [seen["scalars"][f"balance/{m}"] for m in modalities]
+    assert reported == pytest.approx(factors)
+    assert sum(reported) == pytest.approx(terms.sum())
+
+
+@pytest.mark.parametrize("method", [CGGM, RelativeBalance])
+def test_without_magnitude_the_terms_are_known_and_change_no_gradient(method):
+    network, classifiers = parts()
+    (batch,) = toy.batches(1)
+    toy.cross_entropy(network(batch["image"]), batch["label"]).backward()
+    plain = {name: p.grad.clone() for name, p in network.named_parameters()}
+    network.zero_grad()
+    seen = gradients_of_one_step(network, classifiers, [batch], make(method, network, classifiers, magnitude=False))
+    assert all(torch.equal(seen[name], gradient) for name, gradient in plain.items())
+    scalars = seen["scalars"]
+    assert len({scalars[f"balance/{m}"] for m in toy.MODALITIES}) > 1
+    for m in toy.MODALITIES:
+        assert scalars[f"modulated_norm/{m}"] == scalars[f"gradient_norm/{m}"] > 0
+
+
+@pytest.mark.parametrize("method", [CGGM, RelativeBalance])
+def test_the_last_terms_survive_a_checkpoint(method):
+    """Guided dropout and balanced auxiliary losses read them in the first step of a resumed run."""
+    network, classifiers = parts()
+    steering = make(method, network, classifiers)
+    assert "balance" not in steering.state_dict()
+    gradients_of_one_step(network, classifiers, toy.batches(2), steering)
+    other = make(method, *parts())
+    other.load_state_dict(steering.state_dict())
+    assert torch.equal(other.balance, steering.balance)
+    assert other.balance.unique().numel() > 1
