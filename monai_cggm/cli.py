@@ -167,6 +167,9 @@ def split(
     sizes: Annotated[str | None, typer.Option(help="Cases for train,validation,test; all cases together.")] = None,
     fractions: Annotated[str, typer.Option(help="Shares of train,validation,test, without --sizes.")] = "0.7,0.15,0.15",
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Write so many splits, OUT_fold0.json on; each case is tested once.")
+    ] = None,
     modalities: Modalities = MODALITIES,
     labels: Labels = None,
     skip_bad: SkipBad = False,
@@ -177,11 +180,20 @@ def split(
     Examples:
       monai-cggm split BraTS2018 split.json --seed 0
       monai-cggm split brats_2mm split.json --sizes 23,5,5
+      monai-cggm split BraTS2018 split.json --folds 5
     """  # noqa: D301
     from monai_cggm.data.checks import load_cases
-    from monai_cggm.data.splits import split_cases, write_split
+    from monai_cggm.data.splits import fold_splits, split_cases, write_split
 
     items = load_cases(source, _names(modalities), labels=labels, skip_bad=skip_bad)
+    if folds is not None:
+        if sizes is not None:
+            raise ValueError("--sizes and --folds exclude each other: folds share the cases out evenly")
+        for number, parts in enumerate(fold_splits(items, folds=folds, seed=seed)):
+            path = out.with_name(f"{out.stem}_fold{number}{out.suffix or '.json'}")
+            write_split(parts, path, seed)
+            typer.echo(f"{path}: " + ", ".join(f"{part} {len(chosen)}" for part, chosen in parts.items()))
+        return
     parts = split_cases(
         items,
         sizes=None if sizes is None else _numbers(sizes, int, "--sizes"),
@@ -190,6 +202,93 @@ def split(
     )
     write_split(parts, out, seed)
     typer.echo(f"{out}: " + ", ".join(f"{part} {len(chosen)}" for part, chosen in parts.items()))
+
+
+@app.command()
+@_reports_errors
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
+) -> None:
+    """Draw the paper's figures and tables from run folders, each with its numbers as CSV, and a page with all of them.
+
+    Runs that differ in their seed alone are averaged. What needs other runs is left out, with the reason.
+
+    \b
+    Examples:
+      monai-cggm report runs/cggm runs/observe
+      monai-cggm report runs/rho_* --out sweep
+    """  # noqa: D301
+    from monai_cggm.analysis.run_report import write_report
+
+    made = write_report(runs, out)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("made, or why not", overflow="fold")
+    for title, outcome in made.outcomes.items():
+        table.add_row(title, outcome)
+    _console().print(table)
+    for note in made.notes:
+        typer.echo(note)
+    typer.echo(f"{made.page}: {len(made.made)} made, {len(made.left_out)} left out")
+    if not made.made:
+        _fail("nothing could be made of these runs")
+
+
+@app.command()
+@_reports_errors
+def compare(
+    study: Annotated[str, typer.Argument(help="Study file (.yaml), or the name of one that comes with the package.")],
+    data: Annotated[Path, typer.Option(help="Folder of cases, or a datalist .json.")],
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; what is finished in it is kept.")],
+    arms: Annotated[str | None, typer.Option(help="Only these arms, and the reference, with commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Other seeds than the study's, with commas.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another budget, such as epochs=300.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time; default: one a GPU or core.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each training.")] = 1,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing, report what is there.")] = False,
+) -> None:
+    """Train several ways on the same cases with the same budget, and report which of them really help.
+
+    Every arm is trained with every seed on every split, and scored on the cases that the study names, from all subsets
+    of the modalities. It goes on where it was stopped; a training that fails is reported and the others go on.
+
+    \b
+    Examples:
+      monai-cggm compare small --data demo_data --out comparison
+      monai-cggm compare small --data BraTS2021 --out comparison --arms joint,recipe --seeds 0,1,2 --set epochs=300
+      monai-cggm compare my_study.yaml --data BraTS2021 --out comparison --report-only
+    """  # noqa: D301
+    import yaml
+
+    from monai_cggm.analysis.comparison_report import write_report
+    from monai_cggm.compare import CellProgress, read_study, run_study
+
+    plan = read_study(
+        study,
+        arms=None if arms is None else [name.strip() for name in arms.split(",")],
+        seeds=None if seeds is None else _numbers(seeds, int, "--seeds", "whole numbers"),
+        settings=_settings(settings or [], yaml.safe_load),
+    )
+    failed = 0
+    if not report_only:
+        with CellProgress(plan, out, _console(stderr=True)) as progress:
+            facts = run_study(plan, data, out, jobs=jobs, threads=threads, watch=progress)
+        failed = sum(fact["status"] != "done" for fact in facts)
+    page = write_report(out, plan.described())
+    typer.echo((out / "report.md").read_text(encoding="utf-8").split("\n## ")[1].partition("\n")[2].strip())
+    typer.echo(f"Report: {page}")
+    if failed:
+        _fail(f"{failed} cells failed; the report names them, and the next start tries them again")
+
+
+def _settings(pairs: Sequence[str], parse: Callable[[str], object]) -> dict[str, object]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set is {pair!r}: expected KEY=VALUE, such as epochs=300")
+    return {key: parse(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
 @app.command()
@@ -216,11 +315,11 @@ def _names(modalities: str) -> list[str]:
 N = TypeVar("N", int, float)
 
 
-def _numbers(text: str, kind: type[N], option: str) -> list[N]:
+def _numbers(text: str, kind: type[N], option: str, what: str = "three numbers") -> list[N]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}: expected three numbers with commas between them") from error
+        raise ValueError(f"{option} is {text!r}: expected {what} with commas between them") from error
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -8,7 +8,7 @@ from monai_cggm.data.labels import CONVENTIONS, LabelConvention, convention_for,
 from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.data.slices import EpochSampler, SliceDataset
-from monai_cggm.data.splits import check_plan, split_cases, write_split
+from monai_cggm.data.splits import check_plan, fold_splits, split_cases, write_split
 from monai_cggm.data.volumes import cached_volumes
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_plan",
     "convention_for",
     "find_cases",
+    "fold_splits",
     "header_problems",
     "is_safe_id",
     "load_cases",

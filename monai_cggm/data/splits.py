@@ -75,6 +75,55 @@ def split_cases(
     return split
 
 
+def fold_splits(cases: Sequence[dict[str, Any]], *, folds: int, seed: int = 0, validation: float = 0.15) -> list[Split]:
+    """Split cases for cross-validation: every case is a test case once; a patient's cases stay together.
+
+    Patients are shuffled and dealt out over the folds, the larger ones first. Of what is not tested in a fold, the
+    given share of all patients, drawn anew each time, validates.
+
+    Args:
+        cases: see :func:`split_cases`.
+        folds: how many, at least 2.
+        seed: seed of the draw.
+        validation: share of all patients.
+
+    Returns:
+        ``folds`` splits.
+
+    Raises:
+        DataError: where there are too few patients for a training, a validation and a test part in every fold.
+        ValueError: for fewer than two folds.
+
+    Example:
+        >>> items = [{"case": f"Phantom_{i:03d}"} for i in range(7)]
+        >>> [len(split["test"]) for split in fold_splits(items, folds=3)]
+        [3, 2, 2]
+    """
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    patients = _patients(cases)
+    if len(patients) < max(folds, 3):
+        raise DataError([f"{len(patients)} patients are too few for {folds} folds with a validation part each"])
+    random = np.random.RandomState(seed)
+    order = [list(patients)[i] for i in random.permutation(len(patients))]
+    tested: list[list[str]] = [[] for _ in range(folds)]
+    for patient in sorted(order, key=lambda patient: -len(patients[patient])):
+        min(tested, key=lambda fold: sum(len(patients[p]) for p in fold)).append(patient)
+    size = max(round(validation * len(patients)), 1)
+    splits = []
+    for fold in tested:
+        rest = [patient for patient in order if patient not in fold]
+        validated = [rest[i] for i in random.permutation(len(rest))[:size]]
+        if len(validated) == len(rest):
+            raise DataError(
+                [f"{len(patients)} patients are too few for {folds} folds: none would be left for training"]
+            )
+        chosen = {"test": fold, "validation": validated, "train": [p for p in rest if p not in validated]}
+        ids = {part: {case for p in chosen[part] for case in patients[p]} for part in PARTS}
+        splits.append({part: [item for item in cases if item["case"] in ids[part]] for part in PARTS})
+    return splits
+
+
 def write_split(split: Mapping[str, Sequence[Item]], path: str | Path, seed: int) -> None:
     """Write the IDs of a split as JSON: ``{"seed": 0, "train": [...], "validation": [...], "test": [...]}``.
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from monai_cggm.data.layouts import patient_of
-from monai_cggm.data.splits import PARTS, split_cases, write_split
+from monai_cggm.data.splits import PARTS, fold_splits, split_cases, write_split
 from monai_cggm.errors import DataError
 
 Items = list[dict[str, Any]]
@@ -198,3 +198,33 @@ def test_file_that_tears_a_patient_apart(tmp_path: Path) -> None:
     path = write(tmp_path / "s.json", {"train": [cases[0]["case"]], "validation": [cases[1]["case"]]})
     with pytest.raises(DataError, match="patient BraTS-GLI-00000 is in both train and validation"):
         split_cases(cases, split_file=path)
+
+
+@pytest.mark.parametrize(("cases", "folds"), [(33, 5), (10, 2), (9, 4)])
+def test_folds_test_every_case_once_and_keep_patients_together(cases, folds):
+    # every third patient has two cases
+    items = [{"case": f"c{i:02d}", "patient": f"p{i - (i % 3 == 1)}"} for i in range(cases)]
+    splits = fold_splits(items, folds=folds, seed=3)
+    tested = [item["case"] for split in splits for item in split["test"]]
+    assert sorted(tested) == sorted(item["case"] for item in items)
+    sizes = [len(split["test"]) for split in splits]
+    assert max(sizes) - min(sizes) <= 2
+    for split in splits:
+        parts = {part: {item["patient"] for item in chosen} for part, chosen in split.items()}
+        assert not parts["train"] & parts["test"]
+        assert not parts["validation"] & (parts["test"] | parts["train"])
+        assert parts["train"]
+        assert parts["validation"]
+        assert sum(len(chosen) for chosen in split.values()) == cases
+    assert splits == fold_splits(items, folds=folds, seed=3)
+    assert splits != fold_splits(items, folds=folds, seed=4)
+
+
+def test_folds_that_cannot_be():
+    items = [{"case": f"c{i}"} for i in range(3)]
+    with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
+        fold_splits(items, folds=1)
+    with pytest.raises(DataError, match="3 patients are too few for 4 folds"):
+        fold_splits(items, folds=4)
+    with pytest.raises(DataError, match="none would be left for training"):
+        fold_splits(items, folds=2, validation=0.9)

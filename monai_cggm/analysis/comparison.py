@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a comparison of training methods, and what they say about balancing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+
+from monai_cggm.analysis.cells import CELL, FUSION, CellKey, Cells, split_name
+from monai_cggm.analysis.pages import one_line
+from monai_cggm.analysis.statistics import Interval, paired_bootstrap, paired_p, seed_mean, seed_means
+from monai_cggm.errors import DataError
+
+#: Arms that a study with ``alone: true`` adds: a network for each modality, and the mean of their probabilities.
+ALONE = "alone_"
+ENSEMBLE = "ensemble"
+
+#: What two arms are compared by. ``without_key`` needs the study's ``key_modality``.
+SCORES = ("full", "subsets", "worst", "without_key")
+
+_COUNTS = ("splits", "seeds", "cases")
+_COSTS = ("iterations", "training_seconds", "peak_memory_mb", "parameters", "classifier_parameters")
+_DIFFERENCES = (
+    "arm",
+    "against",
+    "role",
+    "score",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "cases",
+    "seeds",
+    "cells",
+    "cells_left_out",
+    "seeds_resampled",
+)
+_REQUIRED = ("reference", "seeds", "arms")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The tables of a comparison. Dice runs from 0 to 1, HD95 is in mm, differences are in points (Dice × 100).
+
+    A score's column has the mean, its ``<column>_sd`` the spread over seeds; see
+    :func:`monai_cggm.analysis.seed_mean`. Arms are in the study's order.
+
+    Attributes:
+        arms: all arms of the study, in its order, those that ``alone: true`` adds at the end.
+        splits: names of its splits; those of the cells, where the study names none.
+        modalities: in channel order; empty where the study names none and no cell has finished.
+        cells: those that the study plans, as far as they are there.
+        outstanding: planned cells that have neither finished nor failed.
+        outside: cells that are there and that the study does not plan; nothing else counts them.
+        full_set: arm; ``splits, seeds, cases``; Dice by region and their mean, HD95 by region, from all modalities.
+        subsets: arm; mean Dice over all subsets (``subsets``), over those that lack one modality (``missing_1``), two
+            …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
+            (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset is NaN.
+        differences: arm minus another (``against``: the reference, or one of the arm's controls, as ``role`` says), by
+            ``score`` (:data:`SCORES`): ``difference``, its 95 % interval ``low`` to ``high``, ``p``, and how many
+            ``cases`` and ``seeds`` it rests on. Only the ``cells`` (split and seed) that both arms have count;
+            ``cells_left_out`` are those that one of them has alone.
+        classifiers: arm and modality; Dice of that modality's classifier.
+        alone: the networks of one modality and their ensemble, as in ``full_set``.
+        costs: arm; number of ``cells`` and means over them.
+    """
+
+    arms: tuple[str, ...]
+    splits: tuple[str, ...]
+    modalities: tuple[str, ...]
+    cells: Cells
+    outstanding: list[CellKey]
+    outside: list[CellKey]
+    full_set: pd.DataFrame
+    subsets: pd.DataFrame
+    differences: pd.DataFrame
+    classifiers: pd.DataFrame
+    alone: pd.DataFrame
+    costs: pd.DataFrame
+
+
+def subsets_of(modalities: Sequence[str]) -> list[str]:
+    """Return the names of all subsets of the modalities that are not empty, the largest first.
+
+    Example:
+        >>> subsets_of(["flair", "t1ce", "t2"])[:4]
+        ['flair+t1ce+t2', 'flair+t1ce', 'flair+t2', 't1ce+t2']
+    """
+    return ["+".join(s) for size in range(len(modalities), 0, -1) for s in combinations(modalities, size)]
+
+
+def subset_groups(modalities: Sequence[str], key_modality: str | None = None) -> dict[str, list[str]]:
+    """Return the subsets that each summary averages over, by the summary's column.
+
+    Example:
+        >>> subset_groups(["flair", "t1ce"], "t1ce")["with_key"]
+        ['flair+t1ce', 't1ce']
+    """
+    names = subsets_of(modalities)
+    groups = {"subsets": names}
+    for missing in range(1, len(modalities)):
+        groups[f"missing_{missing}"] = [name for name in names if name.count("+") == len(modalities) - missing - 1]
+    if key_modality is not None and len(modalities) > 1:
+        groups["with_key"] = [name for name in names if key_modality in name.split("+")]
+        groups["without_key"] = [name for name in names if key_modality not in name.split("+")]
+    return groups
+
+
+def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
+    """Make the tables of a comparison.
+
+    Args:
+        cells: what was read from its folder.
+        study: the study, with ``reference``, ``seeds``, ``arms`` (name → mapping, in which ``controls`` may name other
+            arms), and optionally ``splits``, ``modalities``, ``part`` (default: test), ``convention``, ``key_modality``
+            and ``alone``.
+
+    Raises:
+        DataError: where the study's reference or key modality is not there, or cells cannot be compared: other
+            modalities, another convention, other cases of the same split, or no score of the study's part.
+
+    Example:
+        >>> from monai_cggm.analysis.cells import FACTS, ROW
+        >>> nothing = Cells(pd.DataFrame(columns=[*CELL, *ROW, "dice_mean"]), pd.DataFrame(columns=list(FACTS)))
+        >>> study = {"reference": "joint", "splits": ["brats.json"], "seeds": [0], "arms": {"joint": {}}}
+        >>> [str(key) for key in compare(nothing, study).outstanding]
+        ['joint, brats, seed 0']
+    """
+    _check_study(study)
+    modalities = _modalities(cells, study)
+    own = [arm for arm in study["arms"] if not _is_alone(arm)]
+    alone = _alone_arms(cells, modalities) if study.get("alone") else []
+    arms = tuple(dict.fromkeys([*own, *alone]))
+    splits = tuple(split_name(str(split)) for split in study.get("splits") or sorted(set(cells.facts["split"])))
+    planned = [CellKey(arm, split, int(seed)) for arm in arms for split in splits for seed in study["seeds"]]
+    used = cells.only(planned)
+    part = str(study.get("part", "test"))
+    _check_cells(used, study, part)
+    scores = used.scores[used.scores["part"] == part]
+    full = scores[(scores["predictor"] == FUSION) & (scores["subset"] == _full_subset(scores, used.facts))]
+    fused = [arm for arm in arms if not arm.startswith(ALONE)]
+    by_subset = _by_subset(scores, modalities)
+    by_subset = by_subset[by_subset.index.isin(fused, level="arm")]
+    groups = subset_groups(modalities, study.get("key_modality"))
+    subsets = _subsets_table(by_subset, fused, groups)
+    by_score = _by_score(by_subset, groups, subsets)
+    columns = _score_columns(scores)
+    classifier_rows = scores[scores["predictor"] != FUSION].rename(columns={"predictor": "modality"})
+    dice = [column for column in columns if column.startswith("dice_")]
+    return Comparison(
+        arms=arms,
+        splits=splits,
+        modalities=modalities,
+        cells=used,
+        outstanding=used.outstanding(planned),
+        outside=[key for key in cells.done + list(cells.failed) if key not in set(planned)],
+        full_set=_score_table(full, [(arm,) for arm in own], ("arm",), columns),
+        subsets=subsets,
+        differences=_differences(by_score, _pairs(study, fused)),
+        classifiers=_score_table(
+            classifier_rows, [(arm, m) for arm in own for m in modalities], ("arm", "modality"), dice
+        ),
+        alone=_score_table(full, [(arm,) for arm in alone], ("arm",), columns),
+        costs=_costs(used.facts, arms),
+    )
+
+
+def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
+    """Say in plain words whether balancing helped, for each arm that names controls and for each of two scores.
+
+    The scores are the mean Dice over all subsets and that of the full set. An arm is better than another where the
+    interval of their difference is above zero, worse where it is below, and otherwise no difference is shown. Balancing
+    helps where the arm is better than the reference *and* than every control.
+
+    Args:
+        study: as for :func:`compare`.
+        differences: of a :class:`Comparison`.
+
+    Example:
+        >>> row = {"arm": "b", "against": "joint", "score": "full", "difference": 2.0, "low": 1.0, "high": 3.0,
+        ...        "cases": 5, "seeds": 1, "seeds_resampled": False}
+        >>> rows = pd.DataFrame([row, row | {"against": "shuffled", "difference": 0.1, "low": -0.9, "high": 1.1}])
+        >>> print(verdicts({"reference": "joint", "arms": {"b": {"controls": ["shuffled"]}}}, rows)[0])
+        b: +2.0 points [1.0, 3.0] over joint on the full set; +0.1 [-0.9, 1.1] over shuffled (5 cases, 1 seed). Better
+        than joint, but no gain over shuffled is shown: it has not shown that balancing helps. With one seed, the
+        intervals leave the chance of training out.
+    """
+    arms = {arm: list(spec.get("controls") or []) for arm, spec in study["arms"].items() if spec}
+    arms = {arm: controls for arm, controls in arms.items() if controls}
+    if not arms:
+        return ["No arm names controls: this study cannot show whether balancing helps."]
+    scored = [score for score in ("subsets", "full") if (differences["score"] == score).any()]
+    if not scored:
+        return [f"{arm}: nothing can be said yet, it shares no scored cell with {study['reference']}." for arm in arms]
+    sentences = []
+    for arm, controls in arms.items():
+        of_arm = differences[differences["arm"] == arm]
+        for score in scored:
+            found = {row.against: row for row in of_arm[of_arm["score"] == score].itertuples()}
+            rivals = list(dict.fromkeys([study["reference"], *controls]))
+            sentences.append(_verdict(arm, score, rivals, found))
+    return sentences
+
+
+def outcome(low: float, high: float) -> str:
+    """Return ``better``, ``worse``, ``no difference shown``, or ``unknown`` without an interval.
+
+    Example:
+        >>> outcome(0.2, 1.3), outcome(-0.2, 1.3)
+        ('better', 'no difference shown')
+    """
+    if math.isnan(low) or math.isnan(high):
+        return "unknown"
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no difference shown"
+
+
+def points(value: float, *, sign: bool = False, digits: int = 1) -> str:
+    """Write a number of Dice points, never as a negative zero.
+
+    Example:
+        >>> points(-0.04), points(21.32, sign=True)
+        ('0.0', '+21.3')
+    """
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}"
+
+
+def arm_title(study: Mapping[str, Any], arm: str) -> str:
+    """Return what readers see of an arm: its title on one line, or its name.
+
+    Example:
+        >>> arm_title({"arms": {"dropout": {"title": "+ uniform dropout"}}}, "dropout")
+        '+ uniform dropout'
+    """
+    return one_line((study["arms"].get(arm) or {}).get("title") or arm)
+
+
+def score_labels(study: Mapping[str, Any]) -> dict[str, str]:
+    """Return what readers see of each of :data:`SCORES`."""
+    key = one_line(study.get("key_modality"))
+    return {"full": "full set", "subsets": "all subsets", "worst": "worst subset", "without_key": f"without {key}"}
+
+
+def _verdict(arm: str, score: str, rivals: Sequence[str], found: Mapping[str, Any]) -> str:
+    where = {"subsets": "the mean over subsets", "full": "the full set"}[score]
+    reference, controls = rivals[0], rivals[1:]
+    outcomes = {
+        rival: outcome(found[rival].low, found[rival].high) if rival in found else "unknown" for rival in rivals
+    }
+    unknown = [rival for rival, result in outcomes.items() if result == "unknown"]
+    if unknown:
+        return (
+            f"{arm}, on {where}: nothing can be said yet; no interval against {_listed(unknown)} "
+            "(not run, outstanding, or too few cases)."
+        )
+    rows = [found[rival] for rival in rivals]
+    texts = [f"{points(r.difference, sign=True)} [{points(r.low)}, {points(r.high)}] over {r.against}" for r in rows]
+    texts[0] = texts[0].replace(" [", " points [", 1) + f" on {where}"
+    numbers = "; ".join([texts[0], ", ".join(texts[1:])]) if controls else texts[0]
+    counts = f"{_counted([r.cases for r in rows], 'case')}, {_counted([r.seeds for r in rows], 'seed')}"
+    chance = "" if all(r.seeds_resampled for r in rows) else _chance_note(max(r.seeds for r in rows))
+    return f"{arm}: {numbers} ({counts}). {_conclusion(reference, controls, outcomes)}{chance}"
+
+
+def _chance_note(seeds: int) -> str:
+    if seeds == 1:
+        return " With one seed, the intervals leave the chance of training out."
+    return " Where a split has one seed in common, the interval leaves the chance of training there out."
+
+
+def _conclusion(reference: str, controls: Sequence[str], outcomes: Mapping[str, str]) -> str:
+    of = {
+        result: [control for control in controls if outcomes[control] == result]
+        for result in ("better", "worse", "no difference shown")
+    }
+    against_controls = []
+    if of["worse"]:
+        against_controls.append(f"worse than {_listed(of['worse'])}")
+    if of["no difference shown"]:
+        against_controls.append(f"no gain over {_listed(of['no difference shown'])} is shown")
+    unproven = "it has not shown that balancing helps."
+    match outcomes[reference]:
+        case "better" if not against_controls:
+            return f"Better than {reference} and than every control: balancing helps here."
+        case "better":
+            return f"Better than {reference}, but {' and '.join(against_controls)}: {unproven}"
+        case "worse":
+            return f"Worse than {reference}: {unproven}"
+        case _:
+            also = f", and it is worse than {_listed(of['worse'])}" if of["worse"] else ""
+            return f"No difference from {reference} is shown{also}: {unproven}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _counted(numbers: Sequence[int], what: str) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low if low == high else f'{low} to {high}'} {what}{'' if high == 1 else 's'}"
+
+
+def _check_study(study: Mapping[str, Any]) -> None:
+    missing = [key for key in _REQUIRED if not study.get(key)]
+    if missing:
+        raise DataError([f"study: no {', '.join(missing)}, expected all of {', '.join(_REQUIRED)}"])
+    if study["reference"] not in study["arms"]:
+        raise DataError(
+            [f"study: reference {study['reference']!r}, expected one of the arms {', '.join(study['arms'])}"]
+        )
+
+
+def _modalities(cells: Cells, study: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modalities of the study, in channel order: those that it names, and otherwise those of its finished cells."""
+    own = [arm for arm in study["arms"] if not _is_alone(arm)]
+    facts = cells.facts[(cells.facts["status"] == "done") & cells.facts["arm"].isin(own)]
+    found = {tuple(study["modalities"]): "study"} if study.get("modalities") else {}
+    found |= {tuple(modalities): arm for arm, modalities in zip(facts["arm"], facts["modalities"], strict=True)}
+    if len(found) > 1:
+        each = "; ".join(f"{arm}: {'+'.join(modalities)}" for modalities, arm in found.items())
+        raise DataError([f"arms with different modalities cannot be compared by subsets: {each}"])
+    modalities: tuple[str, ...] = next(iter(found), ())
+    key = study.get("key_modality")
+    if modalities and key is not None and key not in modalities:
+        raise DataError([f"study: key_modality {key!r}, expected one of {', '.join(modalities)}"])
+    return modalities
+
+
+def _is_alone(arm: str) -> bool:
+    return arm.startswith(ALONE) or arm == ENSEMBLE
+
+
+def _alone_arms(cells: Cells, modalities: Sequence[str]) -> list[str]:
+    """The arms that ``alone: true`` adds; those that are there, as long as the modalities are not known."""
+    seen = sorted({str(arm) for arm in cells.facts["arm"] if str(arm).startswith(ALONE)})
+    return [*([ALONE + modality for modality in modalities] or seen), ENSEMBLE]
+
+
+def _check_cells(cells: Cells, study: Mapping[str, Any], part: str) -> None:
+    """Raise where the finished cells of a study cannot be set side by side."""
+    facts = cells.facts[cells.facts["status"] == "done"]
+    expected = study.get("convention", next(iter(facts["convention"]), None))
+    problems = [
+        f"cell {CellKey(row.arm, row.split, row.seed)}: convention {row.convention!r}, expected {expected!r}"
+        for row in facts.itertuples()
+        if row.convention != expected
+    ]
+    rows = cells.scores[(cells.scores["part"] == part) & (cells.scores["predictor"] == FUSION)]
+    cases = {key: frozenset(group["case"]) for key, group in rows.groupby(list(CELL), sort=False)}
+    first: dict[str, CellKey] = {}
+    for key in cells.done:
+        if key not in cases:
+            problems.append(f"cell {key}: no score of the part {part!r}")
+            continue
+        other = first.setdefault(key.split, key)
+        odd = sorted(cases[key] ^ cases[other])
+        if odd:
+            problems.append(f"cells {other} and {key}: scores of different cases ({', '.join(odd)})")
+    if problems:
+        raise DataError(problems)
+
+
+def _full_subset(scores: pd.DataFrame, facts: pd.DataFrame) -> pd.Series:
+    """The subset that holds all modalities of a row's own network."""
+    done = facts[facts["status"] == "done"]
+    full = {arm: "+".join(modalities) for arm, modalities in zip(done["arm"], done["modalities"], strict=True)}
+    return scores["arm"].map(full)
+
+
+def _score_columns(scores: pd.DataFrame) -> list[str]:
+    regions = [c.removeprefix("dice_") for c in scores if c.startswith("dice_") and c != "dice_mean"]
+    dice = [*(f"dice_{region}" for region in regions), "dice_mean"]
+    return dice + [c for c in scores if c.startswith("hd95_") and scores[c].notna().any()]
+
+
+def _score_table(
+    rows: pd.DataFrame, order: Iterable[tuple[str, ...]], by: tuple[str, ...], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Means and spreads of score columns for each group of ``order`` that has rows."""
+    groups = {key: group for key, group in rows.groupby(list(by), sort=False)}
+    table = []
+    for key in order:
+        if key not in groups:
+            continue
+        group = groups[key]
+        counts = (group["split"].nunique(), group["seed"].nunique(), len(group[["split", "case"]].drop_duplicates()))
+        table.append({**dict(zip(by, key, strict=True)), **dict(zip(_COUNTS, counts, strict=True))})
+        table[-1] |= _means(group, columns)
+    both = [name for column in columns for name in (column, f"{column}_sd")]
+    return pd.DataFrame(table, columns=[*by, *_COUNTS, *both])
+
+
+def _means(rows: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
+    means: dict[str, float] = {}
+    for column, result in seed_means(rows, columns).items():
+        means |= {column: result.mean, f"{column}_sd": result.sd}
+    return means
+
+
+def _by_subset(scores: pd.DataFrame, modalities: Sequence[str]) -> pd.DataFrame:
+    """Mean Dice, a row a case of a cell and a column a subset; NaN where it was not scored."""
+    fusion = scores[scores["predictor"] == FUSION]
+    wide = fusion.pivot(index=[*CELL, "case"], columns="subset", values="dice_mean")
+    return wide.reindex(columns=subsets_of(modalities))
+
+
+def _subsets_table(by_subset: pd.DataFrame, arms: Iterable[str], groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    names = list(by_subset.columns)
+    columns = [column for group in groups for column in (group, f"{group}_sd")]
+    there = set(by_subset.index.get_level_values("arm"))
+    table = []
+    for arm in (arm for arm in arms if arm in there):
+        dice = by_subset.loc[[arm]]
+        rows = dice.assign(**{group: dice[list(s)].mean(axis=1, skipna=False) for group, s in groups.items()})
+        rows = rows.reset_index()
+        each = {name: result.mean for name, result in seed_means(rows, names).items()}
+        if sum(not math.isnan(mean) for mean in each.values()) < 2:
+            continue  # only the full set was scored
+        worst = min(each, key=each.__getitem__) if not any(map(math.isnan, each.values())) else None
+        lowest = seed_mean(rows, worst) if worst is not None else None
+        table.append({"arm": arm, **_means(rows, groups)})
+        table[-1] |= {"worst": lowest.mean, "worst_sd": lowest.sd} if lowest else {}
+        table[-1] |= {"worst_subset": worst, **each}
+    return pd.DataFrame(table, columns=["arm", *columns, "worst", "worst_sd", "worst_subset", *names])
+
+
+def _by_score(by_subset: pd.DataFrame, groups: Mapping[str, Sequence[str]], subsets: pd.DataFrame) -> pd.DataFrame:
+    """The scores that arms are compared by, a row a case of a cell and a column a score (:data:`SCORES`)."""
+    worst = dict(zip(subsets["arm"], subsets["worst_subset"], strict=True))
+    names = list(by_subset.columns)
+    by_score = pd.DataFrame(math.nan, index=by_subset.index, columns=list(SCORES))
+    if not names:
+        return by_score
+    by_score["full"] = by_subset[names[0]]
+    for score in ("subsets", "without_key"):
+        if score in groups:
+            by_score[score] = by_subset[list(groups[score])].mean(axis=1, skipna=False)
+    for arm, subset in worst.items():
+        if isinstance(subset, str):
+            rows = by_score.index.get_level_values("arm") == arm
+            by_score.loc[rows, "worst"] = by_subset.loc[rows, subset]
+    return by_score
+
+
+def _pairs(study: Mapping[str, Any], arms: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Arm, what it is compared with, and why: each with the reference, and with its controls."""
+    reference = str(study["reference"])
+    pairs = []
+    for arm in arms:
+        controls = (study["arms"].get(arm) or {}).get("controls") or []
+        if arm != reference:
+            pairs.append((arm, reference, "reference"))
+        pairs += [(arm, control, "control") for control in dict.fromkeys(controls) if control not in (arm, reference)]
+    return pairs
+
+
+def _differences(by_score: pd.DataFrame, pairs: Iterable[tuple[str, str, str]]) -> pd.DataFrame:
+    there = set(by_score.index.get_level_values("arm"))
+    table = []
+    for arm, against, role in pairs:
+        if arm not in there or against not in there:
+            continue
+        one, other = by_score.loc[arm], by_score.loc[against]
+        cells_of_one, cells_of_other = (set(part.index.droplevel("case")) for part in (one, other))
+        shared, either = cells_of_one & cells_of_other, cells_of_one | cells_of_other
+        for score in SCORES:
+            rows = (one[score] - other[score]).dropna().rename("difference").reset_index()
+            if rows.empty:
+                continue
+            interval = paired_bootstrap(rows)
+            table.append({"arm": arm, "against": against, "role": role, "score": score, "p": paired_p(rows)})
+            table[-1] |= _in_points(interval)
+            table[-1] |= {"cells": len(shared), "cells_left_out": len(either) - len(shared)}
+    return pd.DataFrame(table, columns=list(_DIFFERENCES))
+
+
+def _in_points(interval: Interval) -> dict[str, Any]:
+    return {
+        "difference": 100 * interval.mean,
+        "low": 100 * interval.low,
+        "high": 100 * interval.high,
+        "cases": interval.cases,
+        "seeds": interval.seeds,
+        "seeds_resampled": interval.seeds_resampled,
+    }
+
+
+def _costs(facts: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    done = facts[facts["status"] == "done"]
+    numbers = done[["arm", *_COSTS]].astype(dict.fromkeys(_COSTS, float))
+    table = numbers.groupby("arm")[list(_COSTS)].mean()
+    table.insert(0, "cells", numbers.groupby("arm").size())
+    return table.reindex([arm for arm in arms if arm in table.index]).rename_axis("arm").reset_index()

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report of a comparison: one HTML page, the same in Markdown, and its tables as CSV."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from monai_cggm.analysis.cells import CellKey, read_cells
+from monai_cggm.analysis.comparison import (
+    Comparison,
+    arm_title,
+    compare,
+    outcome,
+    points,
+    score_labels,
+    subset_groups,
+    verdicts,
+)
+from monai_cggm.analysis.comparison_figures import difference_plot, subset_heat_map
+from monai_cggm.analysis.pages import DASH, Section, Table, markdown, one_line, page, without_folders
+from monai_cggm.files import atomic_path
+
+#: What the conventions for empty regions mean, in the words of ``monai_cggm.metrics.EMPTY_CONVENTIONS`` (which a test
+#: holds them to): reading that needs PyTorch, which takes seconds to load.
+CONVENTION_NOTES: Mapping[str, str] = {
+    "brats_legacy": "both empty: Dice 1, HD95 0 mm; one empty: Dice 0, HD95 373 mm",
+    "brats_legacy_et500": (
+        "predicted ET below 500 mm³ counts as none; both empty: Dice 1, HD95 0 mm; one empty: 0, 373 mm"
+    ),
+    "brats2023_lesionwise": (
+        "mean over lesions above 50 mm³; none: Dice 1, HD95 0 mm; missed or false: Dice 0, HD95 374 mm"
+    ),
+    "monai": "a region that the truth lacks is left out, false positives with it",
+}
+
+_MANY = 12  # names listed before a count takes over
+
+
+def write_report(folder: Path, study: Mapping[str, Any]) -> Path:
+    """Write ``report.html``, ``report.md`` and ``tables/*.csv`` of a comparison into its folder.
+
+    The page stands alone: style and figures are inside it, and it loads nothing. The same cells give the same bytes. It
+    can be written at any time: cells that failed or are outstanding are named.
+
+    Args:
+        folder: the comparison's folder, which holds ``cells/<arm>/<split>-seed<seed>/``.
+        study: the study as resolved; see :func:`monai_cggm.analysis.compare`. ``title`` and an arm's ``title`` are what
+            readers see.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: where a cell's files or the study do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> study = {"title": "Nothing yet", "reference": "joint", "splits": ["brats.json"], "seeds": [0],
+        ...          "arms": {"joint": {}}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "cells").mkdir()
+        ...     write_report(Path(folder), study).name, "Nothing yet" in Path(folder, "report.md").read_text()
+        ('report.html', True)
+    """
+    folder = Path(folder)
+    comparison = compare(read_cells(folder), study)
+    for name, frame in _csv_tables(comparison).items():
+        with atomic_path(folder / "tables" / f"{name}.csv") as path:
+            frame.to_csv(path, index=False, float_format="%.6f", lineterminator="\n")
+    title = one_line(study.get("title") or "Comparison of training methods")
+    sections = _sections(comparison, study)
+    for name, text in (("report.md", markdown(title, sections)), ("report.html", page(title, sections))):
+        with atomic_path(folder / name) as path:
+            path.write_text(text, encoding="utf-8", newline="\n")
+    return folder / "report.html"
+
+
+def _csv_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+    facts = comparison.cells.facts
+    columns = ["arm", "split", "seed", "status", "error", "iterations", "best_epoch"]
+    cells = facts[columns].assign(error=[without_folders(error) if error else None for error in facts["error"]])
+    return {
+        "full_set": comparison.full_set,
+        "subsets": comparison.subsets,
+        "differences": comparison.differences,
+        "classifiers": comparison.classifiers,
+        "alone": comparison.alone,
+        "costs": comparison.costs,
+        "cells": cells,
+    }
+
+
+def _sections(comparison: Comparison, study: Mapping[str, Any]) -> list[Section]:
+    made = [
+        _verdict_section(comparison, study),
+        _run_section(comparison, study),
+        _full_set_section(comparison, study),
+        _subsets_section(comparison, study),
+        _differences_section(comparison, study),
+        _classifiers_section(comparison, study),
+        _alone_section(comparison, study),
+        _costs_section(comparison, study),
+        _reading_section(comparison, study),
+        Section(
+            "Research use only",
+            [
+                "These numbers describe research software on research data. It is not a medical device, and nothing "
+                "here may guide the care of a patient."
+            ],
+        ),
+    ]
+    return [section for section in made if section is not None]
+
+
+def _verdict_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
+    missing = len(comparison.outstanding) + len(comparison.cells.failed)
+    total = missing + len(comparison.cells.done)
+    notes = [f"Preliminary: {missing} of {total} cells are missing."] if missing else []
+    return Section("Verdicts", notes, verdicts(study, comparison.differences))
+
+
+def _run_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
+    cells = comparison.cells
+    keys = {"done": cells.done, "failed": list(cells.failed), "outstanding": comparison.outstanding}
+    rows = []
+    for arm in comparison.arms:
+        spec = study["arms"].get(arm) or {}
+        lists = (", ".join(map(without_folders, spec.get(key) or [])) or DASH for key in ("overlays", "controls"))
+        counts = (str(sum(key.arm == arm for key in group)) for group in keys.values())
+        rows.append([arm, arm_title(study, arm), *lists, _settings(spec.get("settings")), *counts])
+    header = ["name", "arm", "overlays", "controls", "own settings", *(f"cells {state}" for state in keys)]
+    blocks = [Table("The arms. A cell is one arm, trained on one split with one seed.", header, rows)]
+    if cells.failed:
+        failures = [[key.arm, key.split, str(key.seed), without_folders(error)] for key, error in cells.failed.items()]
+        blocks.append(Table("Failed cells; no table counts them.", ["arm", "split", "seed", "error"], failures))
+    return Section("What was run", [], _run_bullets(comparison, study), blocks)
+
+
+def _run_bullets(comparison: Comparison, study: Mapping[str, Any]) -> list[str]:
+    cells = comparison.cells
+    facts = cells.facts[cells.facts["status"] == "done"]
+    convention = str(study.get("convention") or next(iter(facts["convention"]), "not known yet"))
+    note = CONVENTION_NOTES.get(convention)
+    bullets = [
+        f"Cells: {len(cells.done)} done, {len(cells.failed)} failed, {len(comparison.outstanding)} outstanding.",
+        f"Budget, the same for every arm: {_settings(study.get('settings'))}. {_iterations(facts)}",
+        f"Scored on the {_part(study)} cases, whole volumes."
+        + (" Models are selected on them too, so the scores are optimistic." if _part(study) == "validation" else ""),
+        f"Empty regions: {convention}" + (f" ({note})." if note else "."),
+        f"Seeds: {', '.join(str(seed) for seed in study['seeds'])}. Splits: {', '.join(comparison.splits) or DASH}.",
+        "Models are selected on validation cases; test cases choose nothing."
+        + (f" Selected epochs: {_range(facts['best_epoch'])}." if facts["best_epoch"].notna().any() else ""),
+    ]
+    if comparison.modalities:
+        bullets.append(f"Modalities: {', '.join(comparison.modalities)}.")
+    if comparison.outstanding:
+        bullets.append(f"Outstanding: {_names(comparison.outstanding)}.")
+    if comparison.outside:
+        bullets.append(f"There, but not of this study, and not counted: {_names(comparison.outside)}.")
+    return bullets
+
+
+def _full_set_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
+    title = "All modalities given"
+    if comparison.full_set.empty:
+        return Section(title, ["No arm has a finished cell yet."])
+    caption = (
+        f"Scores on the {_part(study)} cases from all modalities: mean ± sample standard deviation over seeds "
+        "(a dash with one seed). Dice from 0 to 1, HD95 in mm."
+    )
+    return Section(title, blocks=[_score_rows(comparison.full_set, study, caption)])
+
+
+def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
+    title = "Modalities missing"
+    subsets = comparison.subsets
+    if subsets.empty:
+        return Section(title, ["No subset of the modalities was scored."])
+    key = study.get("key_modality")
+    labels = _group_labels(comparison.modalities, key)
+    rows = [
+        [
+            arm_title(study, row["arm"]),
+            *(_mean_sd(row[name], row[f"{name}_sd"], 3) for name in labels),
+            _mean_sd(row["worst"], row["worst_sd"], 3),
+            _text(row["worst_subset"]),
+        ]
+        for row in subsets.to_dict("records")
+    ]
+    caption = (
+        f"Mean Dice (0 to 1) on the {_part(study)} cases over groups of subsets: mean ± sample standard deviation over "
+        "seeds. The features of the modalities outside of a subset are zero."
+    )
+    table = Table(caption, ["arm", *labels.values(), "worst subset", "which"], rows)
+    return Section(title, blocks=[table, subset_heat_map(comparison, study)])
+
+
+def _group_labels(modalities: Sequence[str], key: str | None) -> dict[str, str]:
+    numbers = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+    labels = {"subsets": "all subsets"}
+    for group in subset_groups(modalities, key):
+        if group.startswith("missing_"):
+            missing = int(group.removeprefix("missing_"))
+            single = " (single)" if missing == len(modalities) - 1 else ""
+            labels[group] = f"{numbers.get(missing, str(missing))} missing{single}"
+        elif group != "subsets":
+            labels[group] = f"{group.removesuffix('_key')} {key}"
+    return labels
+
+
+def _differences_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
+    title = "Differences between arms"
+    differences = comparison.differences
+    if differences.empty:
+        return Section(title, ["No two arms that are compared share a finished cell yet."])
+    notes = [
+        "Paired differences of Dice in points (Dice × 100). Only cells, that is splits and seeds, that both arms have "
+        "count. The outcome follows the interval. p is that of Wilcoxon's signed-rank test over cases (a dash with "
+        "fewer than six that differ); it is not corrected for the number of comparisons, and it takes the trained "
+        "networks as given, so that it can be small where an interval that resamples seeds spans zero.",
+    ]
+    if not differences["seeds_resampled"].all():
+        notes.append("Where a split has one seed in common, the interval leaves the chance of training there out.")
+    tables = [
+        _differences_table(differences[differences["score"] == score], f"Difference on: {label}.")
+        for score, label in score_labels(study).items()
+        if (differences["score"] == score).any()
+    ]
+    return Section(title, notes, blocks=[difference_plot(comparison, study), *tables])
+
+
+def _differences_table(differences: pd.DataFrame, caption: str) -> Table:
+    rows = [
+        [
+            row["arm"],
+            row["against"],
+            row["role"],
+            points(row["difference"], sign=True, digits=2),
+            _interval(row["low"], row["high"]),
+            outcome(row["low"], row["high"]).replace("unknown", DASH),
+            _p(row["p"]),
+            *(str(row[count]) for count in ("cases", "seeds", "cells", "cells_left_out")),
+        ]
+        for row in differences.to_dict("records")
+    ]
+    header = ["arm", "minus", "role", "points", "95 % interval", "outcome", "p"]
+    return Table(caption, [*header, "cases", "seeds", "cells", "cells left out"], rows)
+
+
+def _classifiers_section(comparison: Comparison, study: Mapping[str, Any]) -> Section | None:
+    if comparison.classifiers.empty:
+        return None
+    caption = (
+        f"Dice (0 to 1) of the small classifier of each modality on the {_part(study)} cases, for the arms that have "
+        "them: mean ± sample standard deviation over seeds."
+    )
+    return Section("Each modality's classifier", blocks=[_score_rows(comparison.classifiers, study, caption)])
+
+
+def _alone_section(comparison: Comparison, study: Mapping[str, Any]) -> Section | None:
+    if comparison.alone.empty:
+        return None
+    caption = (
+        "Networks that saw one modality only, with the same budget, and the ensemble that averages their "
+        "probabilities: mean ± sample standard deviation over seeds. Dice from 0 to 1, HD95 in mm. A network of "
+        "all modalities that does not beat the ensemble has shown no gain from seeing them together."
+    )
+    return Section("Each modality alone", blocks=[_score_rows(comparison.alone, study, caption)])
+
+
+def _costs_section(comparison: Comparison, study: Mapping[str, Any]) -> Section | None:
+    costs = comparison.costs
+    if costs.empty:
+        return None
+    rows = [
+        [
+            arm_title(study, row["arm"]),
+            str(row["cells"]),
+            _number(row["iterations"], 0),
+            _number(row["training_seconds"], 0),
+            _number(row["peak_memory_mb"], 0),
+            _number(row["parameters"], 0),
+            _number(row["classifier_parameters"], 0),
+        ]
+        for row in costs.to_dict("records")
+    ]
+    header = ["arm", "cells", "iterations", "training (s)", "peak memory (MB)", "parameters", "of the classifiers"]
+    facts = comparison.cells.facts[comparison.cells.facts["status"] == "done"]
+    found = {(name, version) for each in facts["versions"] if isinstance(each, dict) for name, version in each.items()}
+    versions = [f"{name} {version}" for name, version in sorted(found, key=str) if version]
+    caption = (
+        f"Means over cells. Devices: {_range(facts['device'])}; threads: {_range(facts['threads'])}; "
+        f"software: {', '.join(versions) or DASH}. Times of cells that shared a machine with other work are too long."
+    )
+    return Section("Costs", blocks=[Table(caption, header, rows)])
+
+
+def _reading_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
+    bullets = [
+        "Means: over the cases of a split and seed first, then over seeds and splits, each split counting alike. The "
+        "standard deviation is that of the seeds' means, so it shows the chance of training, not the spread of cases.",
+        "Intervals: 95 % percentile intervals of 10,000 bootstrap draws, in which the cases of each split and, "
+        "independently, its seeds are drawn with replacement (Owen 2007, the pigeonhole bootstrap). With few cases or "
+        "few seeds they are too narrow. They speak of these splits, not of other hospitals.",
+        "Outcomes: better or worse where the interval lies on one side of zero. No difference shown does not mean that "
+        "there is none.",
+        "Worst subset: each arm's own, the one with its lowest mean; differences subtract each arm's worst.",
+        "Controls: they take away what balancing claims, and keep the rest. Constant: every encoder's gradient × the "
+        "mean of B. Shuffled: the same B, given to another modality. Uniform: the same losses with equal weights. An "
+        "arm that does not beat them may gain by the size of the steps, by noise or by the extra losses instead.",
+    ]
+    return Section("How to read this", [], bullets)
+
+
+def _score_rows(table: pd.DataFrame, study: Mapping[str, Any], caption: str) -> Table:
+    scores = [column for column in table if column.startswith(("dice_", "hd95_")) and not column.endswith("_sd")]
+    counts = ["splits", "seeds", "cases"]
+    names = [column for column in ("modality",) if column in table]
+    header = ["arm", *names, *map(_score_label, scores), *counts]
+    rows = [
+        [
+            arm_title(study, row["arm"]),
+            *(_text(row[name]) for name in names),
+            *(_mean_sd(row[s], row[f"{s}_sd"], 3 if s.startswith("dice_") else 1) for s in scores),
+            *(str(row[count]) for count in counts),
+        ]
+        for row in table.to_dict("records")
+    ]
+    return Table(caption, header, rows)
+
+
+def _score_label(column: str) -> str:
+    kind, region = column.split("_", 1)
+    return f"Dice {region}" if kind == "dice" else f"HD95 {region} (mm)"
+
+
+def _part(study: Mapping[str, Any]) -> str:
+    return one_line(study.get("part", "test"))
+
+
+def _text(value: object) -> str:
+    return one_line(value) if isinstance(value, str) and value else DASH
+
+
+def _number(value: float, digits: int) -> str:
+    return DASH if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _mean_sd(mean: float, sd: float, digits: int) -> str:
+    return DASH if math.isnan(mean) else f"{mean:.{digits}f} ± {_number(sd, digits)}"
+
+
+def _interval(low: float, high: float) -> str:
+    return DASH if math.isnan(low) else f"[{points(low, digits=2)}, {points(high, digits=2)}]"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return DASH
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _settings(settings: Mapping[str, Any] | None) -> str:
+    if not settings:
+        return DASH
+    return ", ".join(
+        f"{key} {without_folders(v if isinstance(v, str) else json.dumps(v))}" for key, v in settings.items()
+    )
+
+
+def _iterations(facts: pd.DataFrame) -> str:
+    facts = facts[facts["iterations"].notna()]  # an ensemble is not trained
+    by_arm = {arm: _range(rows["iterations"]) for arm, rows in facts.groupby("arm", sort=False)}
+    if not by_arm:
+        return ""
+    if len(set(by_arm.values())) == 1:
+        return f"Iterations of each cell: {next(iter(by_arm.values()))}."
+    each = "; ".join(f"{arm} {iterations}" for arm, iterations in by_arm.items())
+    return f"The iterations differ, so the arms did not have the same budget: {each}."
+
+
+def _range(values: Iterable[Any]) -> str:
+    """The different values, numbers as a range."""
+    known = sorted({value for value in values if not pd.isna(value)})
+    if known and all(isinstance(value, (int, float, np.number)) for value in known):
+        return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"
+    return ", ".join(one_line(value) for value in known) or DASH
+
+
+def _names(keys: Sequence[CellKey]) -> str:
+    more = f"; and {len(keys) - _MANY} more" if len(keys) > _MANY else ""
+    return "; ".join(str(key) for key in keys[:_MANY]) + more

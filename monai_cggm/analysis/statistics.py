@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of scores that were repeated over cases, seeds and splits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import wilcoxon
+
+Array = NDArray[np.float64]
+
+#: With fewer pairs than this no two-sided p of a signed-rank test can lie below 0.05.
+FEWEST_PAIRS = 6
+
+_DECIMALS = 10  # far below what score files hold; keeps 0.9001 - 0.9 and 0.8001 - 0.8 the same difference
+
+
+@dataclass(frozen=True)
+class SeedMean:
+    """A mean and its spread over training seeds.
+
+    Attributes:
+        mean: over cases, seeds and splits; NaN without a value.
+        sd: sample standard deviation over the seeds' means; NaN with fewer than two seeds.
+        seeds: the number of seeds that ``sd`` rests on.
+    """
+
+    mean: float
+    sd: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference with its 95 % interval.
+
+    Attributes:
+        mean: the mean difference; NaN without a value.
+        low: lower end; NaN where a split has fewer than two cases.
+        high: upper end.
+        cases: cases that have a difference, counted in each split.
+        seeds: different seeds.
+        seeds_resampled: whether every split had at least two seeds, so that the interval holds the chance of training.
+            Where it is False, the interval is about the cases alone.
+    """
+
+    mean: float
+    low: float
+    high: float
+    cases: int
+    seeds: int
+    seeds_resampled: bool
+
+
+def seed_mean(values: pd.DataFrame, column: str = "value") -> SeedMean:
+    """Average over cases, seeds and splits, and take the spread over seeds.
+
+    The mean of each split and seed over its cases comes first. The mean is that of the splits' means over their seeds,
+    so that every split counts alike, whatever its size. For the spread, the means of a seed are averaged over the
+    splits, and the sample standard deviation is taken over the seeds that every split has: splits differ in difficulty,
+    and that is not the chance of training. Where all splits have all seeds, the mean is that of these seeds' means too.
+
+    Args:
+        values: a row a case, with ``split``, ``seed`` and the value; NaN is left out.
+        column: the value's column.
+
+    Example:
+        >>> values = pd.DataFrame({"split": ["a"] * 4, "seed": [0, 0, 1, 1], "value": [0.5, 0.7, 0.7, 0.9]})
+        >>> result = seed_mean(values)
+        >>> round(result.mean, 3), round(result.sd, 3), result.seeds
+        (0.7, 0.141, 2)
+    """
+    return seed_means(values, [column])[column]
+
+
+def seed_means(values: pd.DataFrame, columns: Iterable[str]) -> dict[str, SeedMean]:
+    """Return :func:`seed_mean` of several columns of one table.
+
+    Example:
+        >>> values = pd.DataFrame({"split": ["a", "a"], "seed": [0, 1], "dice": [0.5, 0.7], "hd95": [4.0, 8.0]})
+        >>> {name: result.mean for name, result in seed_means(values, ["dice", "hd95"]).items()}
+        {'dice': 0.6, 'hd95': 6.0}
+    """
+    names = list(columns)
+    means = values.groupby(["split", "seed"])[names].mean()
+    return {name: _over_seeds(means[name].unstack("seed")) for name in names}
+
+
+def _over_seeds(cells: pd.DataFrame) -> SeedMean:
+    """Mean and spread of cells' means, a row a split and a column a seed."""
+    cells = cells.dropna(how="all")
+    if cells.empty:
+        return SeedMean(math.nan, math.nan, 0)
+    of_seeds = cells.dropna(axis="columns").mean(axis="index")
+    sd = float(of_seeds.std(ddof=1)) if len(of_seeds) > 1 else math.nan
+    return SeedMean(float(cells.mean(axis="columns").mean()), sd, len(of_seeds))
+
+
+def paired_bootstrap(differences: pd.DataFrame, *, draws: int = 10_000, seed: int = 0) -> Interval:
+    """Mean of paired differences with a 95 % percentile interval of a crossed ("pigeonhole") bootstrap.
+
+    Within each split, cases are resampled with replacement and, independently, seeds are; the weight of a difference is
+    the product of how often its case and its seed were drawn (A. B. Owen, "The pigeonhole bootstrap", Annals of Applied
+    Statistics 1 (2007) 386-411). So all scores of a case stay together, and all scores of a seed do: neither 5 cases
+    with 3 seeds are 15 observations, nor are 3 seeds with 300 cases 900. A draw's value is the mean of its splits'
+    means, as in :func:`seed_mean`. Splits are not resampled: the interval speaks of these splits.
+
+    Where a split has one seed, only its cases are resampled, and the result says so. With few seeds, or few cases, the
+    interval is too narrow: resampling k of them shows (k - 1)/k of their variance.
+
+    Args:
+        differences: a row a case and seed, with ``case``, ``split``, ``seed`` and ``difference``; NaN is left out.
+        draws: bootstrap draws.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: where a case is there twice for one split and seed.
+
+    Example:
+        >>> rows = [("case%d" % c, "a", s, 0.01 * c + 0.02 * s) for c in range(8) for s in range(2)]
+        >>> interval = paired_bootstrap(pd.DataFrame(rows, columns=["case", "split", "seed", "difference"]))
+        >>> round(interval.mean, 3), interval.low < 0.045 < interval.high, interval.cases, interval.seeds_resampled
+        (0.045, True, 8, True)
+    """
+    differences = differences.dropna(subset=["difference"])
+    if differences.duplicated(["split", "seed", "case"]).any():
+        raise ValueError("a case has two differences for one split and seed, expected one")
+    if differences.empty:
+        return Interval(math.nan, math.nan, math.nan, 0, 0, False)
+    tables = [_crossed(rows) for _, rows in differences.groupby("split", sort=True)]
+    mean = float(np.mean([np.nanmean(table) for table in tables]))
+    low = high = math.nan
+    if min(len(table) for table in tables) > 1:
+        generator = np.random.default_rng(seed)
+        means = np.mean([_drawn_means(table, draws, generator) for table in tables], axis=0)
+        low, high = np.nanquantile(means, [0.025, 0.975]).tolist()
+    return Interval(
+        mean=mean,
+        low=low,
+        high=high,
+        cases=sum(len(table) for table in tables),
+        seeds=differences["seed"].nunique(),
+        seeds_resampled=all(table.shape[1] > 1 for table in tables),
+    )
+
+
+def paired_p(differences: pd.DataFrame) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test on the cases' differences, averaged over seeds.
+
+    A case is one pair, whatever the number of seeds. Differences of zero are left out. p is exact for up to 50 pairs
+    without ties (SciPy's choice). It is not corrected for the number of comparisons.
+
+    Args:
+        differences: as for :func:`paired_bootstrap`.
+
+    Returns:
+        p; NaN with fewer than six pairs that differ, where it could not lie below 0.05.
+
+    Example:
+        >>> rows = [("case%d" % c, "a", 0, 0.01 * (c + 1)) for c in range(6)]
+        >>> paired_p(pd.DataFrame(rows, columns=["case", "split", "seed", "difference"]))
+        0.03125
+    """
+    means = differences.dropna(subset=["difference"]).groupby(["split", "case"])["difference"].mean()
+    pairs = means.round(_DECIMALS)
+    pairs = pairs[pairs != 0].to_numpy()
+    return float(wilcoxon(pairs).pvalue) if len(pairs) >= FEWEST_PAIRS else math.nan
+
+
+def _crossed(rows: pd.DataFrame) -> Array:
+    """The differences of one split, ``(cases, seeds)``; NaN where a case lacks a seed."""
+    table: Array = rows.pivot(index="case", columns="seed", values="difference").to_numpy(dtype=np.float64)
+    return table
+
+
+def _drawn_means(table: Array, draws: int, generator: np.random.Generator) -> Array:
+    """Weighted means of ``draws`` resamples of rows and columns; NaN where a draw holds no observed difference."""
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=draws) for n in table.shape)
+    observed = ~np.isnan(table)
+    sums = ((rows @ np.where(observed, table, 0.0)) * columns).sum(axis=1)
+    counts = ((rows @ observed.astype(np.float64)) * columns).sum(axis=1)
+    means: Array = np.divide(sums, counts, out=np.full(draws, np.nan), where=counts > 0)
+    return means

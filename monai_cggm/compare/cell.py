@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one cell of a comparison, score it, and keep the small results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
+from monai_cggm.files import atomic_path
+
+#: how a process is started; tests put a stand-in here
+Launch = Callable[[Sequence[str], Path, Mapping[str, str]], int]
+
+_PACKAGES = ("monai_cggm", "monai", "torch", "pytorch-ignite", "numpy")
+
+
+def facts_of(folder: Path) -> dict[str, Any] | None:
+    """Return what ``cell.json`` in a folder says, or None where there is none."""
+    path = folder / "cell.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def plan_of(cell: Cell, study: Study) -> dict[str, Any]:
+    """Return what defines a cell's result: a finished cell is kept only while this stays the same."""
+    return {
+        "arm": cell.arm.name,
+        "split": cell.split.stem,
+        "seed": cell.seed,
+        "overlays": list(cell.arm.overlays),
+        "settings": {**study.settings, **cell.arm.settings},
+        "config": list(study.config),
+        "part": study.part,
+        "convention": study.convention,
+    }
+
+
+def run_cell(
+    cell: Cell, study: Study, out: Path, data: str | Path, environment: Mapping[str, str], launch: Launch
+) -> dict[str, Any]:
+    """Train a cell (or go on with it), score it, and write its folder under ``out/cells``.
+
+    Training and scoring are processes of their own, ``python -m monai.bundle run``, whose output goes to
+    ``out/runs/<cell>/log.txt``.
+
+    Returns:
+        The cell's facts, as in ``cell.json``; ``status`` is ``done`` or ``failed``, with the ``error`` in a line.
+    """
+    run_dir = out / "runs" / cell.folder
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = _write_settings(cell, study, run_dir, data)
+    error = None
+    if cell.arm.name == ENSEMBLE:
+        _join_members(cell, study, out, run_dir)
+    else:
+        error = _run(cell, study.config, [settings], run_dir, environment, launch)
+    if error is None:
+        error = _run(cell, study.config, [*map(find_file, study.evaluation), settings], run_dir, environment, launch)
+    facts = _facts(cell, study, out, run_dir, error)
+    if error is None:
+        _keep_results(run_dir, out / "cells" / cell.folder, study.part, facts["modalities"])
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    with atomic_path(out / "cells" / cell.folder / "cell.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _write_settings(cell: Cell, study: Study, run_dir: Path, data: str | Path) -> Path:
+    values = {
+        **study.settings,
+        **cell.arm.settings,
+        "seed": cell.seed,
+        "dataset_dir": str(Path(data).resolve()),
+        "run_dir": str(run_dir.resolve()),
+        "split_file": str(cell.split.resolve()),
+        "resume": True,
+        "part": study.part,
+        "convention": study.convention,
+    }
+    path = run_dir / "settings.yaml"
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _run(
+    cell: Cell,
+    config: Sequence[str],
+    last: Sequence[Path],
+    run_dir: Path,
+    environment: Mapping[str, str],
+    launch: Launch,
+) -> str | None:
+    """Start a bundle with the cell's overlays; return None or, where it failed, the last line that it said."""
+    files = [*map(find_file, config), *map(find_file, cell.arm.overlays), *last]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--logging_file", "False"]
+    log = run_dir / "log.txt"
+    code = launch([*command, "--config_file", str([str(f) for f in files])], log, environment)
+    return None if code == 0 else _last_words(log, code)
+
+
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str], **kwargs: Any) -> subprocess.Popen[bytes]:
+    """Start a process whose output is appended to a file."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            list(command), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, **kwargs
+        )
+
+
+def _last_words(log: Path, code: int) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output")
+    killed = f"killed by signal {-code}; last line: " if code < 0 else ""
+    return (killed + reason)[:300]
+
+
+def _join_members(cell: Cell, study: Study, out: Path, run_dir: Path) -> None:
+    """Put the members' weights into one model.pt."""
+    import torch
+
+    from monai_cggm.handlers.checkpoint import save_atomically
+
+    weights: dict[str, Any] = {}
+    for modality in study.modalities:
+        member = out / "runs" / f"{ALONE}{modality}" / f"{cell.split.stem}-seed{cell.seed}" / "model.pt"
+        state = torch.load(member, map_location="cpu", weights_only=True)["model"]
+        weights |= {f"networks.{modality}.{key}": value for key, value in state.items()}
+    save_atomically({"model": weights, "epoch": 0}, run_dir / "model.pt")
+
+
+def _facts(cell: Cell, study: Study, out: Path, run_dir: Path, error: str | None) -> dict[str, Any]:
+    resources = _resources(cell, study, out, run_dir)
+    settings = {**study.settings, **cell.arm.settings}
+    return {
+        **plan_of(cell, study),
+        "status": "done" if error is None else "failed",
+        "error": None if error is None else error.replace(str(out.resolve()), "OUT").replace(str(Path.home()), "~"),
+        "modalities": list(settings.get("modalities", study.modalities)),
+        **_epochs(run_dir / "epochs.csv"),
+        **resources,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _resources(cell: Cell, study: Study, out: Path, run_dir: Path) -> dict[str, Any]:
+    keys = ("training_seconds", "peak_memory_mb", "parameters", "classifier_parameters", "device", "threads")
+    if cell.arm.name == ENSEMBLE:
+        members = [
+            out / "runs" / f"{ALONE}{m}" / f"{cell.split.stem}-seed{cell.seed}" / "resources.json"
+            for m in study.modalities
+        ]
+    else:
+        members = [run_dir / "resources.json"]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in members if path.is_file()]
+    if not found:
+        return dict.fromkeys(keys)
+    added = {key: sum(f[key] for f in found) for key in ("training_seconds", "parameters", "classifier_parameters")}
+    return {
+        **{key: found[0].get(key) for key in keys},
+        **added,
+        "peak_memory_mb": max(f["peak_memory_mb"] for f in found),
+    }
+
+
+def _keep_results(run_dir: Path, folder: Path, part: str, modalities: Sequence[str]) -> None:
+    """Copy the scores, rounded, and the curves of the epochs."""
+    with (run_dir / f"{part}_subsets" / "cases.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = [column for column in rows[0] if column.startswith(("dice_", "hd95_"))]
+    with atomic_path(folder / "scores.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "part", "predictor", "subset", *scores])
+        for row in rows:
+            predictor, subset = _predictor_and_subset(row["predictor"], modalities)
+            writer.writerow([row["case"], part, predictor, subset, *(_rounded(row[s]) for s in scores)])
+    if (run_dir / "epochs.csv").is_file():
+        with atomic_path(folder / "epochs.csv") as temporary:
+            shutil.copyfile(run_dir / "epochs.csv", temporary)
+
+
+def _predictor_and_subset(name: str, modalities: Sequence[str]) -> tuple[str, str]:
+    if name == "fusion":
+        return name, "+".join(modalities)
+    if name.startswith("fusion["):
+        return "fusion", name[len("fusion[") : -1]
+    return name, name
+
+
+def _rounded(value: str) -> str:
+    return value and f"{float(value):.4f}"
+
+
+def _epochs(path: Path) -> dict[str, int | None]:
+    """How long a run went on, and which epoch validation chose."""
+    rows: list[dict[str, str]] = []
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    scored = [row for row in rows if row.get("validation/val_dice")]
+    best = max(scored, key=lambda row: float(row["validation/val_dice"]), default=None)
+    return {
+        "iterations": int(rows[-1]["iteration"]) if rows else None,
+        "best_epoch": None if best is None else int(best["epoch"]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

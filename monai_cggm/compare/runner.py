@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the cells of a comparison, several side by side, and go on where an earlier start stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import yaml
+
+from monai_cggm.compare.cell import Launch, facts_of, plan_of, run_cell, start
+from monai_cggm.compare.study import Cell, Study, find_file
+from monai_cggm.errors import DataError
+from monai_cggm.files import atomic_path
+
+#: told of a cell that begins (no facts) and of one that has ended (its facts)
+Watcher = Callable[[Cell, Mapping[str, Any] | None], None]
+
+
+def run_study(
+    study: Study,
+    data: str | Path,
+    out: str | Path,
+    *,
+    jobs: int | None = None,
+    threads: int = 1,
+    watch: Watcher = lambda _cell, _facts: None,
+    launch: Launch | None = None,
+) -> list[dict[str, Any]]:
+    """Train and score every cell of a study that is not finished yet.
+
+    A cell that fails is recorded with the last line it said, and the others go on; a later start tries it again. A cell
+    that was killed goes on from its last epoch. One comparison at a time runs in a folder, and a cell that outlives the
+    program that started it still counts as running.
+
+    Args:
+        study: what to run.
+        data: the dataset, a folder or a datalist.
+        out: the comparison's folder.
+        jobs: cells at a time; default: one a GPU, or as many as the machine has cores for.
+        threads: of each cell, on a CPU.
+        watch: told of every cell that begins or ends.
+        launch: how a process is run to its end; default: as a child.
+
+    Returns:
+        The facts of all cells, those that were finished before included.
+
+    Raises:
+        DataError: where the folder holds a cell that was run in another way than the study says, where another
+            comparison runs in it, or where a split file is missing.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = [find_file(name) for name in study.splits] or [_drawn_split(study, data, folder)]
+    _check_names(splits)
+    cells, ensembles = study.cells(splits), study.ensembles(splits)
+    _refuse_other_plans(cells + ensembles, study, folder)
+    with atomic_path(folder / "study.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
+    with _only_one(folder), _Children() as children:
+        run = _Runner(study, data, folder, _devices(jobs, threads), watch, launch or children.run, children.stop)
+        trained = run.all(cells)
+        ready = [cell for cell in ensembles if _members_are_done(cell, study, folder)]
+        return trained + run.all(ready)
+
+
+def outstanding(study: Study, splits: Sequence[Path], out: str | Path) -> list[Cell]:
+    """Return the cells that are not finished, in the order in which they would run."""
+    return [cell for cell in study.cells(splits) + study.ensembles(splits) if not _is_done(cell, Path(out))]
+
+
+class _Runner:
+    def __init__(
+        self,
+        study: Study,
+        data: str | Path,
+        out: Path,
+        devices: Sequence[Mapping[str, str]],
+        watch: Watcher,
+        launch: Launch,
+        stop: Callable[[], None],
+    ) -> None:
+        self.study = study
+        self.data = data
+        self.out = out
+        self.watch = watch
+        self.launch = launch
+        self.stop = stop
+        self.workers = len(devices)
+        self.free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
+        for device in devices:
+            self.free.put(device)
+
+    def all(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            waiting = [pool.submit(self.one, cell) for cell in cells]
+            try:
+                return [future.result() for future in as_completed(waiting)]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()  # or leaving the pool would wait for the cells that run
+                raise
+
+    def one(self, cell: Cell) -> dict[str, Any]:
+        found = facts_of(self.out / "cells" / cell.folder)
+        if found is not None and found["status"] == "done":
+            self.watch(cell, found)
+            return found
+        device = self.free.get()
+        try:
+            self.watch(cell, None)
+            facts = run_cell(cell, self.study, self.out, self.data, device, self.launch)
+            self.watch(cell, facts)
+            return facts
+        finally:
+            self.free.put(device)
+
+
+class _Children:
+    """Processes that end when this one is told to."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+        with self.lock:
+            if self.stopped:
+                raise KeyboardInterrupt
+            child = start(command, log, environment, **_INHERITED)
+            self.running.add(child)
+        code = child.wait()
+        with self.lock:
+            self.running.discard(child)
+            if self.stopped:
+                raise KeyboardInterrupt
+        return code
+
+    def __enter__(self) -> _Children:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._terminated)
+        return self
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for child in self.running:
+                child.terminate()
+
+    def __exit__(self, *exception: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _terminated(self, number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+
+#: what children inherit, besides the standard streams: the lock, so that it is held as long as one of them lives
+_INHERITED: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                [f"another comparison runs in {folder}, or a cell that one left behind: wait for it, or end it"]
+            ) from None
+        _INHERITED["pass_fds"] = (file.fileno(),)
+        try:
+            yield
+        finally:
+            _INHERITED.clear()
+
+
+def _devices(jobs: int | None, threads: int) -> list[dict[str, str]]:
+    """What each worker's processes find in their environment."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} for i in range(jobs or gpus)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = jobs or max(cores // threads, 1)
+    return [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} for _ in range(number)]
+
+
+def _drawn_split(study: Study, data: str | Path, folder: Path) -> Path:
+    """One split for all cells, drawn once and kept."""
+    path = folder / "split.json"
+    if not path.is_file():
+        from monai_cggm.data import load_cases, split_cases, write_split
+
+        settings = study.settings
+        cases = load_cases(
+            data, study.modalities, labels=settings.get("labels"), allow_missing=bool(settings.get("allow_missing"))
+        )
+        write_split(split_cases(cases, sizes=settings.get("split_sizes"), seed=0), path, 0)
+    return path
+
+
+def _check_names(splits: Sequence[Path]) -> None:
+    stems = [path.stem for path in splits]
+    if len(set(stems)) < len(stems):
+        raise DataError([f"split files must differ in name, found {', '.join(stems)}"])
+
+
+def _refuse_other_plans(cells: Sequence[Cell], study: Study, out: Path) -> None:
+    problems = []
+    for cell in cells:
+        facts = facts_of(out / "cells" / cell.folder)
+        if facts is None or facts["status"] != "done":
+            continue
+        plan = plan_of(cell, study)
+        changed = [f"{key} was {facts.get(key)}, is {value}" for key, value in plan.items() if facts.get(key) != value]
+        if changed:
+            where = out / "cells" / cell.folder
+            problems.append(
+                f"{where} was run in another way ({'; '.join(changed)}): remove it, or choose another folder"
+            )
+    if problems:
+        raise DataError(problems)
+
+
+def _is_done(cell: Cell, out: Path) -> bool:
+    facts = facts_of(out / "cells" / cell.folder)
+    return facts is not None and facts["status"] == "done"
+
+
+def _members_are_done(ensemble: Cell, study: Study, out: Path) -> bool:
+    members = [c for c in study.cells([ensemble.split]) if c.seed == ensemble.seed and c.arm.name.startswith("alone_")]
+    return all(_is_done(member, out) for member in members)

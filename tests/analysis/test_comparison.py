@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a comparison, against numbers that a reader can compute, and what is said about them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from monai_cggm.analysis.cells import CellKey, read_cells
+from monai_cggm.analysis.comparison import Comparison, compare, outcome, subset_groups, subsets_of, verdicts
+from monai_cggm.errors import DataError
+from tests.analysis.fake_cells import facts, score_row, scored_cell, write_cell
+
+# What every subset of three modalities scores in the cells below, before what an arm, a seed or a case adds.
+DICE = {
+    "flair+t1ce+t2": 0.70,
+    "flair+t1ce": 0.60,
+    "flair+t2": 0.40,
+    "t1ce+t2": 0.50,
+    "flair": 0.20,
+    "t1ce": 0.45,
+    "t2": 0.10,
+}
+
+
+def a_study(**changes: Any) -> dict[str, Any]:
+    return {
+        "reference": "joint",
+        "splits": ["configs/splits/a.json"],
+        "seeds": [0, 1],
+        "key_modality": "t1ce",
+        "convention": "brats_legacy",
+        "arms": {"joint": {}, "recipe": {"title": "The recipe", "controls": ["shuffled"]}, "shuffled": None},
+    } | changes
+
+
+def plus(added: float, by_case: float = 0.01) -> Callable[[int, str], float]:
+    return lambda case, subset: DICE[subset] + added + by_case * case
+
+
+def fill(folder: Path, added: dict[tuple[str, str, int], float], **kwargs: Any) -> None:
+    for (arm, split, seed), value in added.items():
+        scored_cell(folder, arm, split, seed, plus(value), **kwargs)
+
+
+def row_of(table: pd.DataFrame, **wanted: str) -> dict[str, Any]:
+    found = table
+    for column, value in wanted.items():
+        found = found[found[column] == value]
+    assert len(found) == 1, f"{wanted}: {len(found)} rows"
+    return dict(found.iloc[0])
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    added = {("joint", "a", 0): 0.0, ("joint", "a", 1): 0.02, ("recipe", "a", 0): 0.1, ("recipe", "a", 1): 0.14}
+    fill(tmp_path, added, classifiers=True)
+    return compare(read_cells(tmp_path), a_study())
+
+
+def test_full_set(comparison: Comparison) -> None:
+    joint = row_of(comparison.full_set, arm="joint")
+    # Cases add 0, 0.01 and 0.02; the seeds' means are 0.71 and 0.73.
+    assert joint["dice_mean"] == joint["dice_WT"] == pytest.approx(0.72)
+    assert joint["dice_mean_sd"] == pytest.approx(statistics.stdev([0.71, 0.73]))
+    assert joint["hd95_ET"] == pytest.approx(11.0)
+    assert joint["hd95_ET_sd"] == pytest.approx(0.0)
+    assert (joint["splits"], joint["seeds"], joint["cases"]) == (1, 2, 3)
+    assert comparison.full_set["arm"].tolist() == ["joint", "recipe"]
+
+
+def test_subsets(comparison: Comparison) -> None:
+    joint = row_of(comparison.subsets, arm="joint")
+    expected = {
+        "subsets": list(DICE.values()),
+        "missing_1": [0.60, 0.40, 0.50],
+        "missing_2": [0.20, 0.45, 0.10],
+        "with_key": [0.70, 0.60, 0.50, 0.45],
+        "without_key": [0.40, 0.20, 0.10],
+        "worst": [0.10],
+    }
+    for column, values in expected.items():
+        assert joint[column] == pytest.approx(statistics.fmean(values) + 0.02), column
+        assert joint[f"{column}_sd"] == pytest.approx(statistics.stdev([0.01, 0.03])), column
+    assert joint["worst_subset"] == "t2"
+    assert joint["flair+t2"] == pytest.approx(0.42)
+    assert list(comparison.subsets.columns[-7:]) == list(DICE)
+
+
+def test_differences(comparison: Comparison) -> None:
+    """Seeds differ by 10 and by 12 points in every case, so that the interval is from one to the other."""
+    for score in ("full", "subsets", "worst", "without_key"):
+        found = row_of(comparison.differences, arm="recipe", score=score)
+        assert (found["against"], found["role"]) == ("joint", "reference")
+        assert found["difference"] == pytest.approx(11.0)
+        assert (found["low"], found["high"]) == (pytest.approx(10.0), pytest.approx(12.0))
+        assert (found["cases"], found["seeds"], found["cells"], found["cells_left_out"]) == (3, 2, 2, 0)
+        assert math.isnan(found["p"])  # three cases
+    assert len(comparison.differences) == 4
+
+
+def test_classifiers(comparison: Comparison) -> None:
+    found = row_of(comparison.classifiers, arm="joint", modality="t1ce")
+    assert found["dice_TC"] == pytest.approx((0.45 + 0.02) / 2)
+    assert found["dice_TC_sd"] == pytest.approx(statistics.stdev([0.23, 0.24]))
+    assert comparison.classifiers["modality"].tolist() == ["flair", "t1ce", "t2"] * 2
+    assert not [column for column in comparison.classifiers if column.startswith("hd95")]
+
+
+def test_outstanding_cells_are_named_and_others_not_counted(tmp_path: Path) -> None:
+    fill(tmp_path, {("joint", "a", 0): 0.0, ("joint", "a", 7): 0.2, ("old", "a", 0): 0.2})
+    comparison = compare(read_cells(tmp_path), a_study(arms={"joint": {}, "recipe": {}}))
+    assert comparison.outstanding == [CellKey("joint", "a", 1), CellKey("recipe", "a", 0), CellKey("recipe", "a", 1)]
+    assert comparison.outside == [CellKey("joint", "a", 7), CellKey("old", "a", 0)]
+    assert row_of(comparison.full_set, arm="joint")["dice_mean"] == pytest.approx(0.71)
+    assert comparison.differences.empty
+
+
+def test_only_cells_that_both_arms_have_are_compared(tmp_path: Path) -> None:
+    fill(tmp_path, {("joint", "a", 0): 0.0, ("joint", "a", 1): 0.2, ("recipe", "a", 0): 0.05, ("recipe", "a", 2): 0.0})
+    study = a_study(seeds=[0, 1, 2], arms={"joint": {}, "recipe": {}})
+    found = row_of(compare(read_cells(tmp_path), study).differences, score="full")
+    assert found["difference"] == pytest.approx(5.0)
+    assert (found["cells"], found["cells_left_out"], found["seeds"]) == (1, 2, 1)
+    assert not found["seeds_resampled"]
+
+
+def test_arms_without_a_common_cell_are_not_compared(tmp_path: Path) -> None:
+    fill(tmp_path, {("joint", "a", 0): 0.0, ("recipe", "a", 1): 0.0})
+    assert compare(read_cells(tmp_path), a_study()).differences.empty
+
+
+def test_several_splits_count_alike(tmp_path: Path) -> None:
+    scored_cell(tmp_path, "joint", "a", 0, plus(0.0), cases=2)
+    scored_cell(tmp_path, "joint", "b", 0, plus(0.2, by_case=0.0), cases=4)
+    comparison = compare(read_cells(tmp_path), a_study(splits=["a.json", "b.json"], seeds=[0], arms={"joint": {}}))
+    joint = row_of(comparison.full_set, arm="joint")
+    assert joint["dice_mean"] == pytest.approx((0.705 + 0.9) / 2)
+    assert math.isnan(joint["dice_mean_sd"])
+    assert (joint["splits"], joint["seeds"], joint["cases"]) == (2, 1, 6)
+
+
+def test_a_study_without_splits_takes_those_of_the_cells(tmp_path: Path) -> None:
+    fill(tmp_path, {("joint", "drawn", 0): 0.0})
+    comparison = compare(read_cells(tmp_path), a_study(splits=[], seeds=[0], arms={"joint": {}, "recipe": {}}))
+    assert comparison.splits == ("drawn",)
+    assert comparison.outstanding == [CellKey("recipe", "drawn", 0)]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_networks_alone_and_their_ensemble(tmp_path: Path, listed: bool) -> None:
+    """Whether or not the study lists the arms that ``alone`` adds."""
+    fill(tmp_path, {("joint", "a", 0): 0.0, ("ensemble", "a", 0): -0.05})
+    for modality in ("flair", "t1ce", "t2"):
+        scored_cell(tmp_path, f"alone_{modality}", "a", 0, plus(0.05), modalities=(modality,))
+    arms = {"joint": {}} | ({f"alone_{m}": {} for m in ("flair", "t1ce", "t2")} if listed else {})
+    comparison = compare(read_cells(tmp_path), a_study(seeds=[0], arms=arms, alone=True))
+    assert comparison.alone["arm"].tolist() == ["alone_flair", "alone_t1ce", "alone_t2", "ensemble"]
+    assert row_of(comparison.alone, arm="alone_t1ce")["dice_mean"] == pytest.approx(0.51)
+    assert row_of(comparison.alone, arm="ensemble")["dice_mean"] == pytest.approx(0.66)
+    assert comparison.full_set["arm"].tolist() == ["joint"]
+    assert comparison.subsets["arm"].tolist() == ["joint", "ensemble"]
+    assert row_of(comparison.differences, arm="ensemble", score="subsets")["difference"] == pytest.approx(-5.0)
+    assert set(comparison.differences["arm"]) == {"ensemble"}
+    assert comparison.outstanding == []
+
+
+def test_costs_are_means_over_cells(tmp_path: Path) -> None:
+    scored_cell(tmp_path, "joint", "a", 0, plus(0), training_seconds=100.0, peak_memory_mb=None)
+    scored_cell(tmp_path, "joint", "a", 1, plus(0), training_seconds=300.0, peak_memory_mb=None)
+    costs = row_of(compare(read_cells(tmp_path), a_study()).costs, arm="joint")
+    assert (costs["cells"], costs["training_seconds"], costs["parameters"]) == (2, 200.0, 991172)
+    assert math.isnan(costs["peak_memory_mb"])
+
+
+def test_other_regions(tmp_path: Path) -> None:
+    scored_cell(tmp_path, "joint", "a", 0, plus(0), regions=("liver", "lesion"))
+    columns = list(compare(read_cells(tmp_path), a_study()).full_set.columns)
+    assert [c for c in columns if c.startswith(("dice", "hd95")) and not c.endswith("_sd")] == [
+        "dice_liver",
+        "dice_lesion",
+        "dice_mean",
+        "hd95_liver",
+        "hd95_lesion",
+    ]
+
+
+def test_the_part_that_the_study_names_is_scored(tmp_path: Path) -> None:
+    rows = [score_row("x", "fusion", "flair", {"WT": 0.25}), score_row("y", "fusion", "flair", {"WT": 0.75})]
+    rows[1]["part"] = "validation"
+    write_cell(tmp_path, facts("joint", "a", 0, modalities=["flair"]), rows)
+    for part, dice in (("test", 0.25), ("validation", 0.75)):
+        study = a_study(part=part, key_modality=None, seeds=[0], arms={"joint": {}})
+        assert row_of(compare(read_cells(tmp_path), study).full_set, arm="joint")["dice_mean"] == dice
+
+
+def test_full_set_alone_gives_no_subsets(tmp_path: Path) -> None:
+    for arm, dice in (("joint", 0.5), ("recipe", 0.75)):
+        rows = [score_row(case, "fusion", "flair+t1ce+t2", {"WT": dice}) for case in "xy"]
+        write_cell(tmp_path, facts(arm, "a", 0), rows)
+    comparison = compare(read_cells(tmp_path), a_study())
+    assert comparison.subsets.empty
+    assert comparison.differences["score"].tolist() == ["full"]
+    assert comparison.differences["difference"].tolist() == [25.0]
+
+
+def test_scores_left_out_by_a_convention(tmp_path: Path) -> None:
+    """A case without a score counts in no mean and in no difference."""
+    for arm, dice in (("joint", 0.5), ("recipe", 0.6)):
+        rows = [
+            score_row(case, "fusion", subset, {"WT": dice})
+            for case in ("x", "y")
+            for subset in ("flair+t1ce", "flair", "t1ce")
+        ]
+        for row in rows[3:]:
+            row |= {"dice_WT": "", "dice_mean": ""}
+        write_cell(tmp_path, facts(arm, "a", 0, modalities=["flair", "t1ce"], convention="monai"), rows)
+    comparison = compare(read_cells(tmp_path), a_study(convention="monai"))
+    assert row_of(comparison.full_set, arm="recipe")["dice_mean"] == pytest.approx(0.6)
+    assert row_of(comparison.differences, score="subsets")["cases"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"convention": "monai"}, "cell joint, a, seed 0: convention 'brats_legacy', expected 'monai'"),
+        ({"part": "validation"}, "cell joint, a, seed 0: no score of the part 'validation'"),
+        ({"key_modality": "adc"}, "key_modality 'adc', expected one of flair, t1ce, t2"),
+        ({"reference": "other"}, "reference 'other', expected one of the arms joint, recipe, shuffled"),
+        ({"seeds": None}, "no seeds, expected all of reference, seeds, arms"),
+        ({"modalities": ["flair", "t1"]}, r"study: flair\+t1; joint: flair\+t1ce\+t2"),
+    ],
+)
+def test_cells_that_do_not_fit_the_study_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    fill(tmp_path, {("joint", "a", 0): 0.0})
+    with pytest.raises(DataError, match=message):
+        compare(read_cells(tmp_path), a_study(**changes))
+
+
+def test_cells_with_other_cases_or_modalities_are_refused(tmp_path: Path) -> None:
+    scored_cell(tmp_path, "joint", "a", 0, plus(0))
+    scored_cell(tmp_path, "recipe", "a", 0, plus(0), cases=4)
+    with pytest.raises(DataError, match=r"scores of different cases \(a-003\)"):
+        compare(read_cells(tmp_path), a_study())
+    scored_cell(tmp_path, "shuffled", "a", 0, plus(0), modalities=("flair", "t1ce"))
+    with pytest.raises(DataError, match="different modalities"):
+        compare(read_cells(tmp_path), a_study())
+
+
+def test_subsets_of_four() -> None:
+    names = subsets_of(["flair", "t1ce", "t1", "t2"])
+    assert len(names) == 15
+    assert [name.count("+") + 1 for name in names] == [4] + [3] * 4 + [2] * 6 + [1] * 4
+    sizes = {group: len(of_group) for group, of_group in subset_groups(["flair", "t1ce", "t1", "t2"], "t1ce").items()}
+    assert sizes == {"subsets": 15, "missing_1": 4, "missing_2": 6, "missing_3": 4, "with_key": 8, "without_key": 7}
+    assert list(subset_groups(["flair"], "flair")) == ["subsets"]
+
+
+# ---- verdicts ----
+
+
+def difference(against: str, low: float, high: float, score: str = "subsets", seeds: int = 2) -> dict[str, Any]:
+    return {
+        "arm": "recipe",
+        "against": against,
+        "score": score,
+        "difference": (low + high) / 2,
+        "low": low,
+        "high": high,
+        "cases": 5,
+        "seeds": seeds,
+        "seeds_resampled": seeds > 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("joint", "shuffled", "constant", "conclusion"),
+    [
+        ((19.8, 22.9), (0.5, 1.0), (1.0, 2.0), "Better than joint and than every control: balancing helps here."),
+        (
+            (19.8, 22.9),
+            (-0.4, 0.8),
+            (1.0, 2.0),
+            "Better than joint, but no gain over shuffled is shown: it has not shown that balancing helps.",
+        ),
+        (
+            (19.8, 22.9),
+            (-2.0, -1.0),
+            (-1.0, 2.0),
+            "Better than joint, but worse than shuffled and no gain over constant is shown: "
+            "it has not shown that balancing helps.",
+        ),
+        (
+            (-1.0, 1.0),
+            (1.0, 2.0),
+            (1.0, 2.0),
+            "No difference from joint is shown: it has not shown that balancing helps.",
+        ),
+        (
+            (-1.0, 1.0),
+            (-3.0, -1.0),
+            (-3.0, -2.0),
+            "No difference from joint is shown, and it is worse than shuffled and constant: "
+            "it has not shown that balancing helps.",
+        ),
+        ((-3.0, -1.0), (1.0, 2.0), (1.0, 2.0), "Worse than joint: it has not shown that balancing helps."),
+        (
+            (0.0, 0.0),
+            (0.0, 0.0),
+            (0.0, 0.0),
+            "No difference from joint is shown: it has not shown that balancing helps.",
+        ),
+    ],
+)
+def test_verdicts(
+    joint: tuple[float, float], shuffled: tuple[float, float], constant: tuple[float, float], conclusion: str
+) -> None:
+    study = a_study(arms={"joint": {}, "recipe": {"controls": ["shuffled", "constant"]}})
+    rows = [difference("joint", *joint), difference("shuffled", *shuffled), difference("constant", *constant)]
+    (text,) = verdicts(study, pd.DataFrame(rows))
+    assert text.endswith(conclusion)
+    mean = sum(joint) / 2
+    assert text.startswith(
+        f"recipe: {mean:+.1f} points [{joint[0]:.1f}, {joint[1]:.1f}] over joint on the mean over subsets; "
+    )
+    assert "(5 cases, 2 seeds)" in text
+
+
+def test_verdicts_of_both_scores_and_of_one_seed() -> None:
+    rows = [difference(rival, 1.0, 2.0, score, 1) for score in ("full", "subsets") for rival in ("joint", "shuffled")]
+    first, second = verdicts(a_study(), pd.DataFrame(rows))
+    assert "on the mean over subsets" in first
+    assert "on the full set" in second
+    assert first.endswith("helps here. With one seed, the intervals leave the chance of training out.")
+
+
+def test_no_verdict_without_controls_cells_or_intervals() -> None:
+    nothing = pd.DataFrame([difference("joint", 1.0, 2.0)]).head(0)
+    assert verdicts(a_study(arms={"joint": {}, "recipe": {}}), nothing) == [
+        "No arm names controls: this study cannot show whether balancing helps."
+    ]
+    assert verdicts(a_study(), nothing) == ["recipe: nothing can be said yet, it shares no scored cell with joint."]
+    (text,) = verdicts(a_study(), pd.DataFrame([difference("joint", math.nan, math.nan)]))
+    assert "nothing can be said yet; no interval against joint and shuffled" in text
+
+
+def test_verdicts_of_cells(comparison: Comparison) -> None:
+    """The control has no cell yet."""
+    texts = verdicts(a_study(), comparison.differences)
+    assert len(texts) == 2
+    assert all("no interval against shuffled" in text for text in texts)
+
+
+def test_outcomes() -> None:
+    assert [outcome(*i) for i in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.1), (math.nan, 1.0))] == [
+        "better",
+        "worse",
+        "no difference shown",
+        "no difference shown",
+        "unknown",
+    ]

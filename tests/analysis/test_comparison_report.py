@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a comparison as its readers get it."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+
+from monai_cggm.analysis.comparison_report import CONVENTION_NOTES, write_report
+from monai_cggm.analysis.pages import DASH, without_folders
+from monai_cggm.metrics import EMPTY_CONVENTIONS
+from tests.analysis.fake_cells import facts, scored_cell, subsets, write_cell
+
+TITLE = "Does <script>alert('x')</script> help & $why$ | how?"
+TABLES = ("full_set", "subsets", "differences", "classifiers", "alone", "costs", "cells")
+
+
+class Page(HTMLParser):
+    """What a browser would make of it: tags, attributes, the cells of the tables, the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self._in_cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._in_cell:
+            self.tables[-1][-1][-1] += data
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    tables: list[list[list[str]]] = []
+    before = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not before.startswith("|"):
+                tables.append([])
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+            if not all(re.fullmatch(r"-+:?", cell) for cell in cells):
+                tables[-1].append(cells)
+        before = line
+    return tables
+
+
+def plain(cell: str) -> str:
+    """A cell of Markdown as it is shown."""
+    return re.sub(r"\\(.)", r"\1", cell).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+
+def a_study(**changes: Any) -> dict[str, Any]:
+    return {
+        "title": TITLE,
+        "reference": "joint",
+        "part": "test",
+        "convention": "brats_legacy",
+        "settings": {"epochs": 120},
+        "splits": ["/somewhere/splits/a.json", "b.json"],
+        "seeds": [0, 1],
+        "key_modality": "t1ce",
+        "alone": True,
+        "arms": {
+            "joint": {"title": "Joint"},
+            "recipe": {
+                "title": "Recipe <script>alert(1)</script> a|b",
+                "controls": ["shuffled"],
+                "overlays": ["/home/somebody/recipe.yaml"],
+                "settings": {"cache_dir": "/scratch/somebody/cache"},
+            },
+            "shuffled": {"title": "Shuffled"},
+        },
+    } | changes
+
+
+def fill(folder: Path, *, splits: tuple[str, ...] = ("a", "b"), seeds: tuple[int, ...] = (0, 1), **kwargs: Any) -> None:
+    for index, arm in enumerate(("joint", "recipe", "shuffled")):
+        for split in splits:
+            for seed in seeds:
+                scored_cell(
+                    folder,
+                    arm,
+                    split,
+                    seed,
+                    lambda case, subset, i=index, s=seed: (
+                        0.2 + 0.1 * subset.count("+") + 0.1 * i + 0.02 * case * (i + s)
+                    ),
+                    classifiers=arm == "recipe",
+                    **kwargs,
+                )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two splits and two seeds; one cell failed, two are outstanding."""
+    folder = tmp_path_factory.mktemp("comparison")
+    fill(folder, splits=("a",))
+    fill(folder, splits=("b",), seeds=(0,))
+    error = "CaseError: case x: no <b>label</b> (/data/secret folder/x_seg.nii.gz) at C:\\Users\\me\\x.py"
+    write_cell(folder, facts("recipe", "b", 1, status="failed", error=error), [])
+    for modality in ("flair", "t1ce", "t2"):
+        scored_cell(folder, f"alone_{modality}", "a", 0, lambda case, subset: 0.3, modalities=(modality,))
+    scored_cell(folder, "ensemble", "a", 0, lambda case, subset: 0.35, iterations=None, training_seconds=None)
+    write_report(folder, a_study())
+    return folder
+
+
+def texts(folder: Path) -> tuple[Page, str]:
+    return Page((folder / "report.html").read_text("utf-8")), (folder / "report.md").read_text("utf-8")
+
+
+def test_files(report: Path) -> None:
+    made = {str(p.relative_to(report)) for p in report.rglob("*") if p.is_file() and "cells/" not in str(p)}
+    assert made == {"report.html", "report.md", *(f"tables/{name}.csv" for name in TABLES)}
+
+
+def test_sections_are_in_order(report: Path) -> None:
+    _, markdown = texts(report)
+    assert re.findall(r"^## (.*)", markdown, flags=re.M) == [
+        "Verdicts",
+        "What was run",
+        "All modalities given",
+        "Modalities missing",
+        "Differences between arms",
+        "Each modality's classifier",
+        "Each modality alone",
+        "Costs",
+        "How to read this",
+        "Research use only",
+    ]
+
+
+def test_texts_of_files_are_escaped(report: Path) -> None:
+    page, markdown = texts(report)
+    assert {tag for tag, _ in page.tags} & {"script", "b"} == set()
+    assert TITLE in page.text
+    assert "Recipe <script>alert(1)</script> a|b" in page.text
+    assert "no <b>label</b>" in page.text
+    assert "<" not in markdown
+    assert "a\\|b" in markdown
+
+
+def test_nothing_is_loaded_and_pictures_have_a_text(report: Path) -> None:
+    page, _ = texts(report)
+    sources = [attrs.get("src") or attrs.get("href") for _, attrs in page.tags if "src" in attrs or "href" in attrs]
+    assert len(sources) == 2
+    for source in sources:
+        assert source is not None
+        assert source.startswith("data:image/svg+xml;base64,")
+        svg = base64.b64decode(source.partition(",")[2])
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert not re.search(rb'href="(?!#|data:)', svg)
+    alts = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
+    assert all(alts)
+    assert "@import" not in (report / "report.html").read_text("utf-8")
+
+
+def test_no_absolute_path_and_no_nan(report: Path) -> None:
+    page, markdown = texts(report)
+    tables = "".join(path.read_text("utf-8") for path in (report / "tables").iterdir())
+    for text in (page.text, markdown, tables):
+        for secret in ("/somewhere", "/home", "/scratch", "/data", "C:\\", str(report)):
+            assert secret not in text
+        assert not re.search(r"\b([Nn]a[Nn]|None|NaT)\b", text)
+    assert "x_seg.nii.gz" in page.text
+    assert "…/recipe.yaml" in page.text
+
+
+def test_failed_and_outstanding_cells_are_told(report: Path) -> None:
+    page, _ = texts(report)
+    # 3 arms, 3 networks alone and the ensemble, on 2 splits with 2 seeds
+    assert "Cells: 13 done, 1 failed, 14 outstanding." in page.text
+    assert "Preliminary: 15 of 28 cells are missing." in page.text
+    assert "joint, b, seed 1" in page.text
+    failures = page.tables[1]
+    assert failures[1][:3] == ["recipe", "b", "1"]
+    assert "CaseError: case x" in failures[1][3]
+
+
+def test_what_was_run_is_told(report: Path) -> None:
+    page, _ = texts(report)
+    assert "epochs 120" in page.text
+    assert "Iterations of each cell: 600." in page.text  # the ensemble has none, and is no other budget
+    assert EMPTY_CONVENTIONS["brats_legacy"].note in page.text
+    assert "Seeds: 0, 1. Splits: a, b." in page.text
+    assert "Selected epochs: 120." in page.text
+
+
+def test_another_budget_is_told(tmp_path: Path) -> None:
+    fill(tmp_path, splits=("a",))
+    scored_cell(tmp_path, "longer", "a", 0, lambda case, subset: 0.5, iterations=1200)
+    arms = {"joint": {}, "longer": {}}
+    write_report(tmp_path, a_study(arms=arms))
+    assert "the arms did not have the same budget: joint 600; longer 1200." in texts(tmp_path)[0].text
+
+
+def shown(row: dict[str, Any], column: str, digits: int) -> str:
+    spread = DASH if pd.isna(row[f"{column}_sd"]) else f"{row[f'{column}_sd']:.{digits}f}"
+    return f"{row[column]:.{digits}f} ± {spread}"
+
+
+def test_markdown_page_and_csv_have_the_same_numbers(report: Path) -> None:
+    page, markdown = texts(report)
+    tables = [[[plain(cell) for cell in row] for row in table] for table in markdown_tables(markdown)]
+    assert tables == page.tables
+    of_header = {tuple(table[0][:3]): table for table in reversed(tables)}  # the first of each
+    full = pd.read_csv(report / "tables" / "full_set.csv")
+    table = of_header["arm", "Dice WT", "Dice TC"]
+    for line, row in zip(table[1:4], full.to_dict("records"), strict=True):
+        assert line[1] == shown(row, "dice_WT", 3)
+        assert line[4] == shown(row, "dice_mean", 3)
+        assert line[5] == shown(row, "hd95_WT", 1)
+        assert line[-3:] == [str(row["splits"]), str(row["seeds"]), str(row["cases"])]
+    by_subsets = pd.read_csv(report / "tables" / "subsets.csv").to_dict("records")
+    table = of_header["arm", "all subsets", "one missing"]
+    assert [line[1] for line in table[1:]] == [shown(row, "subsets", 3) for row in by_subsets]
+    assert [line[-1] for line in table[1:]] == [row["worst_subset"] for row in by_subsets]
+    differences = pd.read_csv(report / "tables" / "differences.csv")
+    on_full = differences[differences["score"] == "full"].to_dict("records")
+    lines = of_header["arm", "minus", "role"][1:]
+    assert [line[0] for line in lines] == [row["arm"] for row in on_full]
+    assert [float(line[3]) for line in lines] == pytest.approx([row["difference"] for row in on_full], abs=0.0051)
+    assert [line[4] for line in lines] == [f"[{row['low']:.2f}, {row['high']:.2f}]" for row in on_full]
+
+
+def test_numbers_by_hand(report: Path) -> None:
+    """Joint: 0.40 with seed 0, and 0.02 more with seed 1, which split b lacks; HD95 of 10, 11 and 12."""
+    full = pd.read_csv(report / "tables" / "full_set.csv").set_index("arm")
+    assert full.loc["joint", "dice_mean"] == pytest.approx(((0.40 + 0.42) / 2 + 0.40) / 2)
+    assert full.loc["joint", "hd95_WT"] == pytest.approx(11.0)
+    cells = pd.read_csv(report / "tables" / "cells.csv")
+    assert cells["status"].value_counts().to_dict() == {"done": 13, "failed": 1}
+
+
+def test_same_cells_same_bytes(report: Path) -> None:
+    before = {path: path.read_bytes() for path in report.rglob("*") if path.is_file()}
+    write_report(report, a_study())
+    assert {path: path.read_bytes() for path in report.rglob("*") if path.is_file()} == before
+
+
+def test_one_seed_is_a_dash(tmp_path: Path) -> None:
+    fill(tmp_path, splits=("a",), seeds=(0,))
+    write_report(tmp_path, a_study(splits=["a.json"], seeds=[0], alone=False))
+    page, _ = texts(tmp_path)
+    full = next(table for table in page.tables if table[0][1].startswith("Dice"))
+    assert full[1][1] == f"0.400 ± {DASH}"
+    assert "With one seed, the intervals leave the chance of training out." in page.text
+    assert "Each modality alone" not in page.text
+
+
+def test_other_regions_and_modalities(tmp_path: Path) -> None:
+    fill(tmp_path, splits=("a",), regions=("lesion",), modalities=("ct", "pet"), hd95=None)
+    write_report(tmp_path, a_study(splits=["a.json"], key_modality=None, alone=False))
+    page, _ = texts(tmp_path)
+    full = next(table for table in page.tables if "Dice lesion" in table[0])
+    assert full[0] == ["arm", "Dice lesion", "Dice mean", "splits", "seeds", "cases"]
+    header = next(table[0] for table in page.tables if "all subsets" in table[0])
+    assert header == ["arm", "all subsets", "one missing (single)", "worst subset", "which"]
+    assert list(pd.read_csv(tmp_path / "tables" / "subsets.csv").columns[-3:]) == subsets(("ct", "pet"))
+
+
+def test_a_comparison_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    write_report(tmp_path, a_study())
+    page, markdown = texts(tmp_path)
+    assert "recipe: nothing can be said yet" in page.text
+    assert "No arm has a finished cell yet." in markdown
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {f"{name}.csv" for name in TABLES}
+    assert not pd.read_csv(tmp_path / "tables" / "differences.csv").columns.empty
+
+
+def test_validation_scores_are_called_optimistic(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    write_report(tmp_path, a_study(part="validation"))
+    assert "so the scores are optimistic" in texts(tmp_path)[0].text
+
+
+def test_conventions_are_described_as_the_metrics_describe_them() -> None:
+    assert dict(CONVENTION_NOTES) == {name: convention.note for name, convention in EMPTY_CONVENTIONS.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no file /data/a b/x.nii.gz", "no file …/a b/x.nii.gz"),
+        ("in (/home/me/x.nii.gz): bad", "in (…/x.nii.gz): bad"),
+        ("C:\\Users\\me\\x.py", "…/x.py"),
+        ("~/data/x.json", "…/x.json"),
+        ("configs/methods/joint.yaml and/or 3 / 4 mm", "configs/methods/joint.yaml and/or 3 / 4 mm"),
+        ("two\n  lines", "two lines"),
+    ],
+)
+def test_folders_are_left_out(text: str, expected: str) -> None:
+    assert without_folders(text) == expected

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics against slow loops, enumeration and simulated data whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from monai_cggm.analysis.statistics import paired_bootstrap, paired_p, seed_mean
+
+
+def table(values: np.ndarray, split: str = "a") -> pd.DataFrame:
+    """A row for each entry of ``(cases, seeds)`` that is not NaN."""
+    rows = [
+        (f"case{i}", split, j, float(values[i, j])) for i, j in np.ndindex(values.shape) if not np.isnan(values[i, j])
+    ]
+    return pd.DataFrame(rows, columns=["case", "split", "seed", "difference"])
+
+
+def slow_bootstrap(tables: list[np.ndarray], draws: int, seed: int) -> tuple[float, float]:
+    """Cases and seeds drawn one by one, every draw's mean over all pairs of them."""
+    generator = np.random.default_rng(seed)
+    means = []
+    for _ in range(draws):
+        of_splits = []
+        for values in tables:
+            rows = generator.integers(0, values.shape[0], values.shape[0])
+            columns = generator.integers(0, values.shape[1], values.shape[1])
+            of_splits.append(statistics.fmean(values[i, j] for i in rows for j in columns))
+        means.append(statistics.fmean(of_splits))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("shapes", [[(5, 2)], [(12, 3)], [(6, 1)], [(7, 3), (4, 2)]])
+def test_bootstrap_is_what_a_slow_loop_gives(shapes: list[tuple[int, int]]) -> None:
+    generator = np.random.default_rng(1)
+    tables = [
+        0.1 + generator.normal(0, 0.2, (n, 1)) + generator.normal(0, 0.1, (1, k)) + generator.normal(0, 0.05, (n, k))
+        for n, k in shapes
+    ]
+    rows = pd.concat([table(values, f"split{i}") for i, values in enumerate(tables)])
+    interval = paired_bootstrap(rows, draws=20_000)
+    low, high = slow_bootstrap(tables, draws=4000, seed=5)
+    width = high - low
+    assert interval.low == pytest.approx(low, abs=0.05 * width)
+    assert interval.high == pytest.approx(high, abs=0.05 * width)
+    assert interval.mean == pytest.approx(np.mean([values.mean() for values in tables]))
+    assert interval.cases == sum(n for n, _ in shapes)
+    assert interval.seeds == max(k for _, k in shapes)
+    assert interval.seeds_resampled == all(k > 1 for _, k in shapes)
+
+
+def test_bootstrap_resamples_seeds_and_not_only_cases() -> None:
+    """All cases alike, seeds apart: a bootstrap of cases alone would give an interval without width."""
+    values = np.tile([0.0, 0.1, 0.2], (20, 1))
+    interval = paired_bootstrap(table(values))
+    assert (interval.low, interval.high) == (pytest.approx(0.0), pytest.approx(0.2))
+
+
+def test_one_seed_is_the_ordinary_bootstrap_of_means() -> None:
+    values = np.random.default_rng(2).normal(0.3, 1.0, (200, 1))
+    interval = paired_bootstrap(table(values))
+    error = values.std() / math.sqrt(200)
+    assert interval.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert not interval.seeds_resampled
+
+
+@pytest.mark.parametrize(("cases", "seeds", "of_seeds"), [(30, 10, 0.15), (40, 1, 0.0)])
+def test_coverage_of_the_true_mean(cases: int, seeds: int, of_seeds: float) -> None:
+    """The truth lies in about 95 % of the intervals; taking all scores as independent would cover far less."""
+    generator = np.random.default_rng(3)
+    covered = naive = 0
+    trials = 120
+    for _ in range(trials):
+        values = (
+            0.2
+            + generator.normal(0, 0.3, (cases, 1))
+            + generator.normal(0, of_seeds, (1, seeds))
+            + generator.normal(0, 0.1, (cases, seeds))
+        )
+        interval = paired_bootstrap(table(values), draws=500)
+        covered += interval.low < 0.2 < interval.high
+        naive += abs(values.mean() - 0.2) < 1.96 * values.std() / math.sqrt(values.size)
+    assert 0.88 <= covered / trials <= 0.99
+    if seeds > 1:
+        assert naive / trials < 0.7
+
+
+def test_every_split_counts_alike() -> None:
+    rows = pd.concat([table(np.full((8, 2), 0.0), "a"), table(np.full((2, 2), 1.0), "b")])
+    assert paired_bootstrap(rows).mean == 0.5
+
+
+def test_values_that_are_missing_are_left_out() -> None:
+    values = np.arange(12.0).reshape(6, 2)
+    values[0, 1] = np.nan
+    interval = paired_bootstrap(table(values))
+    assert interval.mean == pytest.approx(np.nanmean(values))
+    assert interval.cases == 6
+    assert interval.low < interval.mean < interval.high
+
+
+def test_bootstrap_of_nothing_of_one_case_and_of_no_spread() -> None:
+    nothing = paired_bootstrap(table(np.full((3, 2), np.nan)))
+    assert (nothing.cases, nothing.seeds) == (0, 0)
+    assert math.isnan(nothing.mean)
+    one = paired_bootstrap(table(np.array([[0.1, 0.3]])))
+    assert one.mean == pytest.approx(0.2)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    same = paired_bootstrap(table(np.full((4, 2), 0.25)))
+    assert (same.mean, same.low, same.high) == (0.25, 0.25, 0.25)
+
+
+def test_bootstrap_does_not_depend_on_the_order_of_rows() -> None:
+    rows = table(np.random.default_rng(4).normal(size=(9, 3)))
+    again = paired_bootstrap(rows.sample(frac=1, random_state=1))
+    first = paired_bootstrap(rows)
+    assert (again.low, again.high) == (pytest.approx(first.low), pytest.approx(first.high))
+
+
+def test_a_case_that_is_there_twice_is_an_error() -> None:
+    rows = table(np.ones((3, 2)))
+    with pytest.raises(ValueError, match="two differences"):
+        paired_bootstrap(pd.concat([rows, rows.head(1)]))
+
+
+def enumerated_p(values: list[float]) -> float:
+    """Two-sided p of the signed-rank sum over all signs, without ties."""
+    ranks = np.argsort(np.argsort(np.abs(values))) + 1
+    found = sum(rank for rank, value in zip(ranks, values, strict=True) if value > 0)
+    sums = [
+        sum(s * r for s, r in zip(signs, ranks, strict=True)) for signs in itertools.product([0, 1], repeat=len(values))
+    ]
+    lower, upper = (np.mean([sign * s <= sign * found for s in sums]) for sign in (1, -1))
+    return min(1.0, 2 * min(lower, upper))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.1, 0.2, -0.05, 0.3, 0.4, 0.15],
+        [-0.3, 0.1, 0.2, -0.4, 0.5, 0.6, 0.7, 0.8],
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+    ],
+)
+def test_p_is_exact(values: list[float]) -> None:
+    assert paired_p(table(np.array(values)[:, None])) == pytest.approx(enumerated_p(values))
+
+
+def test_p_averages_seeds_first() -> None:
+    values = np.array([0.1, 0.2, -0.05, 0.3, 0.4, 0.15])
+    noise = np.array([[0.5], [-0.4], [0.3], [0.2], [-0.1], [0.6]])
+    both = np.hstack([values[:, None] + noise, values[:, None] - noise])
+    assert paired_p(table(both)) == pytest.approx(enumerated_p(list(values)))
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2, 0.3, 0.4, 0.5], [0.0] * 8, [0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 0.0], []])
+def test_p_needs_six_pairs_that_differ(values: list[float]) -> None:
+    assert math.isnan(paired_p(table(np.array(values).reshape(-1, 1))))
+
+
+def test_seed_mean_by_hand() -> None:
+    """Split a: cell means 0.2 and 0.4; split b: 0.8 and 0.6. Seeds: 0.5 and 0.5, though splits and cases spread."""
+    rows = [("a", 0, 0.1), ("a", 0, 0.3), ("a", 1, 0.4), ("b", 0, 0.8), ("b", 1, 0.5), ("b", 1, 0.7)]
+    result = seed_mean(pd.DataFrame(rows, columns=["split", "seed", "value"]))
+    assert (result.mean, result.sd, result.seeds) == (pytest.approx(0.5), pytest.approx(0.0), 2)
+
+
+def test_seed_mean_of_cells_that_are_missing() -> None:
+    """Seed 2 is there for split a alone: it counts in the mean of a, and not in the spread."""
+    rows = [("a", 0, 0.1), ("a", 1, 0.2), ("a", 2, 0.6), ("b", 0, 0.5), ("b", 1, 0.8)]
+    result = seed_mean(pd.DataFrame(rows, columns=["split", "seed", "value"]))
+    assert result.mean == pytest.approx((0.3 + 0.65) / 2)
+    assert result.sd == pytest.approx(statistics.stdev([0.3, 0.5]))
+    assert result.seeds == 2
+
+
+def test_seed_mean_of_one_seed_and_of_nothing() -> None:
+    one = seed_mean(pd.DataFrame({"split": ["a"] * 2, "seed": [0] * 2, "value": [0.25, 0.75]}))
+    assert (one.mean, one.seeds) == (0.5, 1)
+    assert math.isnan(one.sd)
+    assert math.isnan(seed_mean(pd.DataFrame({"split": ["a"], "seed": [0], "value": [np.nan]})).mean)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from monai_cggm.compare import read_study, run_study
+from monai_cggm.compare.cell import facts_of
+from monai_cggm.errors import DataError
+from tests.compare.test_study import written
+
+SPLIT = {"seed": 0, "train": ["a"], "validation": ["b"], "test": ["c"]}
+HEADER = ["case", "predictor", "convention", "dice_WT", "dice_mean", "hd95_WT"]
+
+
+class Bundle:
+    """Stands in for `python -m monai.bundle run`: writes what a run writes, and keeps what it was asked for."""
+
+    def __init__(self, fail=(), before=lambda settings: None):
+        self.calls = []
+        self.fail = set(fail)
+        self.before = before
+
+    def __call__(self, command, log, environment):
+        files = [Path(f) for f in yaml.safe_load(command[command.index("--config_file") + 1])]
+        settings = yaml.safe_load(files[-1].read_text())
+        scoring = any(f.name == "evaluate.yaml" for f in files)
+        run_dir = Path(settings["run_dir"])
+        arm = run_dir.parent.name
+        self.calls.append((arm, settings["seed"], "score" if scoring else "train", files, environment))
+        self.before(settings)
+        if arm in self.fail:
+            log.write_text(f"Traceback\nRuntimeError: lr is wrong in {run_dir}\n")
+            return 1
+        if scoring:
+            self.score(run_dir, settings)
+        else:
+            (run_dir / "epochs.csv").write_text(
+                "epoch,iteration,validation/val_dice\n1,5,0.25\n2,10,0.75\n3,15,\n4,20,0.5\n"
+            )
+            resources = {"training_seconds": 2.5, "peak_memory_mb": 10.0 + settings["seed"], "parameters": 7}
+            resources |= {"classifier_parameters": 0, "device": "cpu", "threads": 1}
+            (run_dir / "resources.json").write_text(json.dumps(resources))
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
+        return 0
+
+    def score(self, run_dir, settings):
+        folder = run_dir / f"{settings['part']}_subsets"
+        folder.mkdir()
+        with (folder / "cases.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(HEADER)
+            rows.writerow(["c", "fusion", settings["convention"], 0.123456789, 1.0, 3.25])
+            rows.writerow(["c", "fusion[t1+t2]", settings["convention"], 0.5, 0.5, ""])
+            rows.writerow(["c", "t2", settings["convention"], 0.0, 0.0, ""])
+
+
+@pytest.fixture
+def study(tmp_path):
+    split = tmp_path / "part.json"
+    split.write_text(json.dumps(SPLIT))
+    return read_study(written(tmp_path, splits=[str(split)], seeds=[0, 1]))
+
+
+def run(study, tmp_path, bundle, **kwargs):
+    return run_study(study, tmp_path, tmp_path / "out", launch=bundle, jobs=1, **kwargs)
+
+
+def test_a_cell_is_trained_scored_and_kept_in_small(study, tmp_path):
+    bundle = Bundle()
+    facts = run(study, tmp_path, bundle)
+    assert len(facts) == 6
+    assert {f["status"] for f in facts} == {"done"}
+    arm, seed, what, files, environment = bundle.calls[0]
+    assert (arm, seed, what) == ("joint", 0, "train")
+    assert [f.name for f in files] == ["train.yaml", "joint.yaml", "settings.yaml"]
+    assert environment == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    assert [f.name for f in bundle.calls[1][3]] == ["train.yaml", "joint.yaml", "evaluate.yaml", "settings.yaml"]
+    settings = yaml.safe_load(files[-1].read_text())
+    assert settings["epochs"] == 4
+    assert settings["seed"] == 0
+    assert settings["resume"] is True
+    assert settings["split_file"] == str(tmp_path / "part.json")
+    folder = tmp_path / "out/cells/joint/part-seed1"
+    assert (folder / "scores.csv").read_text().splitlines() == [
+        "case,part,predictor,subset,dice_WT,dice_mean,hd95_WT",
+        "c,test,fusion,flair+t1ce+t1+t2,0.1235,1.0000,3.2500",
+        "c,test,fusion,t1+t2,0.5000,0.5000,",
+        "c,test,t2,t2,0.0000,0.0000,",
+    ]
+    cell = facts_of(folder)
+    assert cell["best_epoch"] == 2  # the largest validation Dice
+    assert cell["iterations"] == 20
+    assert cell["peak_memory_mb"] == 11.0
+    assert cell["overlays"] == ["configs/methods/joint.yaml"]
+    assert str(tmp_path) not in (folder / "cell.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "out/study.yaml").read_text().replace(str(tmp_path / "part.json"), "")
+    assert not (tmp_path / "out/runs/joint/part-seed1/checkpoints").exists()
+
+
+def test_finished_cells_are_kept_and_the_others_go_on(study, tmp_path):
+    run(study, tmp_path, Bundle(fail={"recipe"}))
+    again = Bundle()
+    facts = run(study, tmp_path, again)
+    assert {(arm, seed) for arm, seed, *_ in again.calls} == {("recipe", 0), ("recipe", 1)}
+    assert {f["status"] for f in facts} == {"done"}
+
+
+def test_a_cell_that_fails_is_reported_and_stops_nothing(study, tmp_path):
+    seen = []
+    facts = run(study, tmp_path, Bundle(fail={"recipe"}), watch=lambda cell, fact: seen.append((cell.folder, fact)))
+    failed = [f for f in facts if f["status"] == "failed"]
+    assert [(f["arm"], f["seed"]) for f in failed] == [("recipe", 0), ("recipe", 1)]
+    assert failed[0]["error"] == "RuntimeError: lr is wrong in OUT/runs/recipe/part-seed0"
+    assert not (tmp_path / "out/cells/recipe/part-seed0/scores.csv").exists()
+    assert len([f for _, f in seen if f is None]) == 6
+    assert len([f for _, f in seen if f is not None]) == 6
+
+
+def test_a_finished_cell_of_another_plan_is_not_taken_for_one_of_this(study, tmp_path):
+    run(study, tmp_path, Bundle())
+    other = read_study(tmp_path / "study.yaml", settings={"epochs": 5}, seeds=[0, 1])
+    bundle = Bundle()
+    with pytest.raises(DataError) as error:
+        run(other, tmp_path, bundle)
+    assert len(error.value.problems) == 6
+    assert "settings was {'epochs': 4}, is {'epochs': 5}" in error.value.problems[0]
+    assert bundle.calls == []
+
+
+def test_side_by_side(study, tmp_path):
+    both = threading.Barrier(2, timeout=20)
+    waited = []
+
+    def before(settings):
+        if settings["seed"] == 0 and len(waited) < 2:
+            waited.append(1)
+            both.wait()  # passes only where two cells run at a time
+
+    facts = run_study(study, tmp_path, tmp_path / "out", launch=Bundle(before=before), jobs=2, threads=3)
+    assert len(facts) == 6
+
+
+def test_members_first_then_their_ensemble(tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    path = written(
+        tmp_path,
+        alone=True,
+        splits=[str(tmp_path / "part.json")],
+        seeds=[3],
+        settings={"modalities": ["t1", "t2"]},
+        arms={"joint": None},
+    )
+
+    def before(settings):
+        if settings["modalities"] != ["t1", "t2"]:
+            state = {"weight": torch.tensor([float(settings["modalities"] == ["t2"])])}
+            torch.save({"model": state}, Path(settings["run_dir"]) / "model.pt")
+
+    bundle = Bundle(before=before)
+    facts = run(read_study(path), tmp_path, bundle)
+    assert [(arm, what) for arm, _, what, *_ in bundle.calls][-1] == ("ensemble", "score")
+    assert ("ensemble", "train") not in [(arm, what) for arm, _, what, *_ in bundle.calls]
+    joined = torch.load(tmp_path / "out/runs/ensemble/part-seed3/model.pt", weights_only=True)["model"]
+    assert {k: v.item() for k, v in joined.items()} == {"networks.t1.weight": 0.0, "networks.t2.weight": 1.0}
+    ensemble = next(f for f in facts if f["arm"] == "ensemble")
+    assert ensemble["parameters"] == 14
+    assert ensemble["training_seconds"] == 5.0
+    alone = next(f for f in facts if f["arm"] == "alone_t1")
+    assert alone["modalities"] == ["t1"]
+    first = (tmp_path / "out/cells/alone_t1/part-seed3/scores.csv").read_text().splitlines()[1]
+    assert first.startswith("c,test,fusion,t1,")
+
+
+def test_no_ensemble_without_all_of_its_members(tmp_path):
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    path = written(tmp_path, alone=True, splits=[str(tmp_path / "part.json")], seeds=[0], arms={"joint": None})
+    facts = run(read_study(path), tmp_path, Bundle(fail={"alone_t1"}))
+    assert {f["arm"] for f in facts} == {"joint", "alone_flair", "alone_t1ce", "alone_t1", "alone_t2"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the lock is POSIX")
+def test_one_comparison_at_a_time_in_a_folder(study, tmp_path):
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another comparison runs in"):
+            run(study, tmp_path, Bundle())
+    assert len(run(study, tmp_path, Bundle())) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_comparison_that_is_told_to_end_takes_its_cells_with_it(study, tmp_path, number):
+    # every cell is a process that would sleep for a minute
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/child\nexec sleep 60\n")
+    fake.chmod(0o755)
+    code = (
+        "import sys; from monai_cggm.compare import read_study, run_study; from monai_cggm.compare import cell\n"
+        f"cell.sys = type('S', (), {{'executable': {str(fake)!r}}})\n"
+        f"study = read_study({str(tmp_path / 'study.yaml')!r})\n"
+        f"run_study(study, {str(tmp_path)!r}, {str(tmp_path / 'out')!r}, jobs=1)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    child = tmp_path / "child"
+    for _ in range(300):
+        if child.is_file() and child.read_text().strip():
+            break
+        time.sleep(0.1)
+    pid = int(child.read_text())
+    parent.send_signal(number)
+    assert parent.wait(timeout=30) != 0
+    time.sleep(0.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert facts_of(tmp_path / "out/cells/joint/part-seed0") is None  # neither done nor failed: it goes on next time

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+import pytest
+import yaml
+
+from monai_cggm.compare import read_study
+from monai_cggm.errors import DataError
+from monai_cggm.resources import share_path
+
+TRAIN = "bundles/brats_cggm/configs/train.yaml"
+EVALUATE = "bundles/brats_cggm/configs/evaluate.yaml"
+
+
+def written(tmp_path, **changes):
+    content = {
+        "title": "trial",
+        "reference": "joint",
+        "config": [TRAIN],
+        "evaluation": [EVALUATE],
+        "settings": {"epochs": 4},
+        "seeds": [0, 1, 2],
+        "arms": {
+            "joint": {"overlays": ["configs/methods/joint.yaml"]},
+            "recipe": {"title": "ours", "overlays": ["configs/parts/dropout.yaml"], "controls": ["joint"]},
+            "plain": None,
+        },
+        **changes,
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+    return path
+
+
+def problems(path, **kwargs):
+    with pytest.raises(DataError) as error:
+        read_study(path, **kwargs)
+    return error.value.problems
+
+
+def test_a_study_is_every_arm_on_every_split_with_every_seed(tmp_path):
+    study = read_study(written(tmp_path))
+    cells = study.cells([Path("a/one.json"), Path("two.json")])
+    assert len(cells) == 3 * 2 * 3
+    assert cells[0].folder == "joint/one-seed0"
+    # seed by seed, so that what is there when it is stopped is paired
+    assert [c.seed for c in cells] == sorted(c.seed for c in cells)
+    assert {c.folder for c in cells} == {
+        f"{arm}/{split}-seed{seed}"
+        for arm in ("joint", "recipe", "plain")
+        for split in ("one", "two")
+        for seed in (0, 1, 2)
+    }
+    assert study.arms["recipe"].title == "ours"
+    assert study.arms["recipe"].controls == ("joint",)
+    assert study.modalities == ("flair", "t1ce", "t1", "t2")
+    assert study.ensembles([Path("one.json")]) == []
+
+
+def test_arms_seeds_and_settings_from_the_command_line(tmp_path):
+    study = read_study(written(tmp_path), arms=["recipe"], seeds=[7], settings={"epochs": 9, "lam": 0.0})
+    assert list(study.arms) == ["joint", "recipe"]
+    assert study.seeds == (7,)
+    assert study.settings == {"epochs": 9, "lam": 0.0}
+    assert study.described()["arms"]["recipe"]["controls"] == ["joint"]
+
+
+def test_each_modality_alone_and_their_ensemble(tmp_path):
+    study = read_study(written(tmp_path, alone=True, settings={"modalities": ["t1", "t2"]}))
+    assert list(study.arms) == ["joint", "recipe", "plain", "alone_t1", "alone_t2"]
+    assert study.arms["alone_t2"].settings == {"modalities": ["t2"]}
+    assert [c.folder for c in study.ensembles([Path("s.json")])] == [f"ensemble/s-seed{n}" for n in (0, 1, 2)]
+    # without its members there is no ensemble
+    assert not read_study(written(tmp_path, alone=True), arms=["recipe"]).alone
+
+
+def test_a_study_over_another_one(tmp_path):
+    base = written(tmp_path)
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"base": str(base), "seeds": [5], "settings": {"lam": 0.2}}))
+    study = read_study(tmp_path / "other.yaml")
+    assert list(study.arms) == ["joint", "recipe", "plain"]
+    assert study.seeds == (5,)
+    assert study.settings == {"lam": 0.2}  # a key is replaced as a whole
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path):
+    arms = {
+        "joint": None,
+        "Bad Name": None,
+        "alone_t1": None,
+        "x": {"overlays": ["configs/nowhere.yaml"], "controls": ["y"], "sead": 1},
+    }
+    found = "\n".join(problems(written(tmp_path, arms=arms, reference="other", part="train")))
+    for part in (
+        "'Bad Name' must be named by a-z",
+        "alone_t1 is reserved",
+        "reference 'other' is not among the arms",
+        "x names control 'y', which is no arm",
+        "x has unknown sead",
+        "part must be validation or test, found 'train'",
+        "no file configs/nowhere.yaml",
+    ):
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {}}, "has no 'arms'"),
+        ({"config": None}, "has no 'config'"),
+        ({"seed": [1]}, "unknown seed"),
+    ],
+)
+def test_refuses(tmp_path, changes, message):
+    assert message in "\n".join(problems(written(tmp_path, **changes)))
+
+
+def test_refuses_an_arm_that_is_not_there(tmp_path):
+    assert "has no arm dropuot; it has joint, recipe, plain" in problems(written(tmp_path), arms=["dropuot"])[0]
+
+
+def test_refuses_what_is_no_study(tmp_path):
+    assert "there is no study nowhere" in problems("nowhere")[0]
+    path = tmp_path / "s.yaml"
+    path.write_text("[1, 2")
+    assert "is no YAML" in problems(path)[0]
+    path.write_text("[1, 2]")
+    assert "expected keys such as arms" in problems(path)[0]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in share_path("configs/studies").glob("*.yaml")))
+def test_the_studies_that_come_along_are_sound(name):
+    study = read_study(name)
+    assert study.reference in study.arms
+    for arm in study.arms.values():
+        assert set(arm.controls) <= set(study.arms)
