@@ -25,8 +25,8 @@ class AuxiliaryLosses:
     Args:
         observer: the method, or the plain observer, that runs the classifiers. Attach this after it.
         weight: w, one number or one a modality.
-        follow_balance: multiply the weights by the method's balance terms (of the step before): a balance of losses in
-            place of one of gradients.
+        follow_balance: multiply the weights by the method's balance terms of the step before, at least 0: a balance
+            of losses in place of one of gradients.
         warmup_epochs: how many epochs the task's loss waits.
 
     Raises:
@@ -79,5 +79,8 @@ class AuxiliaryLosses:
     def __call__(self, engine: SupervisedTrainer) -> None:
         """Set what counts in this iteration."""
         balance = self.observer.balance if self.follow_balance else None
-        self.observer.unimodal_weights = self.weights if balance is None else self.weights * balance.to(self.weights)
+        if balance is None:
+            self.observer.unimodal_weights = self.weights
+        else:  # the paper's rule can be negative, and an encoder would climb its classifier's loss
+            self.observer.unimodal_weights = self.weights * balance.to(self.weights).clamp(min=0.0)
         self.observer.task_weight = 0.0 if engine.state.epoch <= self.warmup_epochs else 1.0

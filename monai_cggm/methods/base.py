@@ -18,7 +18,7 @@ from monai.utils import CommonKeys
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from monai_cggm.batches import PRESENT
+from monai_cggm.batches import FUSED, PRESENT
 from monai_cggm.handlers.checkpoint import unwrapped
 from monai_cggm.handlers.clip import unscale_once
 from monai_cggm.methods.capture import Capture, detached, let_in
@@ -48,6 +48,7 @@ class Step:
         logits: the network's prediction, with its graph.
         predictions: each classifier's, with their graphs.
         present: which modalities each sample has, boolean ``(B, M)`` on the CPU; None where all are there.
+        fused: which of them the prediction was made from, boolean ``(B, M)`` on the CPU; None where from all.
     """
 
     task_loss: Tensor
@@ -59,6 +60,7 @@ class Step:
     logits: Tensor
     predictions: list[Tensor]
     present: Tensor | None
+    fused: Tensor | None
 
 
 #: a term that a part adds to the loss
@@ -211,7 +213,8 @@ class UnimodalObserver:
             output[CommonKeys.PRED][:samples],
             output[CommonKeys.LABEL][:samples],
             self.loss_function or engine.loss_function,
-            _present(engine.state.batch),
+            _mask(engine.state.batch, PRESENT, samples),
+            _mask(engine.state.batch, FUSED, samples),
         )
         self._features.active = self._heads.active = False
         self._add_scalars("loss", step.losses.detach())
@@ -260,6 +263,7 @@ class UnimodalObserver:
         target: Tensor,
         loss_function: Callable[..., Tensor],
         present: Tensor | None,
+        fused: Tensor | None,
     ) -> Step:
         missing = [m for m in self.modalities if m not in self._features.outputs]
         if missing or FUSION_HEAD not in self._heads.outputs:
@@ -286,6 +290,7 @@ class UnimodalObserver:
             logits=logits,
             predictions=predictions,
             present=present,
+            fused=present if fused is None else fused,
         )
 
     def _classify(self, target: Tensor) -> list[Tensor]:
@@ -385,10 +390,10 @@ def needs_observer(observer: object, part: object) -> None:
         )
 
 
-def _present(batch: Any) -> Tensor | None:
-    """The batch's mask of the modalities that each case has, or None where none is missing."""
-    mask = batch.get(PRESENT) if isinstance(batch, Mapping) else None
-    return None if mask is None or bool(mask.all()) else mask.bool().cpu()
+def _mask(batch: Any, key: str, samples: int) -> Tensor | None:
+    """A mask of modalities in the batch, the rows of the samples as they are; None where nothing is left out."""
+    mask = batch.get(key) if isinstance(batch, Mapping) else None
+    return None if mask is None or bool(mask[:samples].all()) else mask[:samples].bool().cpu()
 
 
 def _rows_with(prediction: Tensor, target: Tensor, present: Tensor | None, modality: int) -> tuple[Tensor, Tensor]:

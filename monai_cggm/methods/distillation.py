@@ -47,7 +47,8 @@ class Distillation:
     """Add the classifiers' divergence from the fused prediction to the loss, the sum over modalities.
 
     It teaches the encoders too where :class:`AuxiliaryLosses` lets the classifiers' gradients into them, and otherwise
-    the classifiers alone. A case that lacks a modality teaches nothing to that modality's classifier.
+    the classifiers alone. A sample that lacks a modality, or whose fusion did not see it under
+    :class:`ModalityDropout`, teaches nothing to that modality's classifier.
 
     Args:
         observer: the method, or the plain observer, that runs the classifiers. Attach this after it.
@@ -104,9 +105,13 @@ class Distillation:
 
     def loss(self, step: Step) -> Tensor:
         """Return the term of one step, a scalar."""
-        teacher = step.logits if self.teacher == "fusion" else _mean_prediction(step.predictions, step.present)
+        if self.teacher == "fusion":
+            # under modality dropout a fusion that did not see a modality has nothing to teach its classifier
+            teacher, taught = step.logits, step.fused
+        else:
+            teacher, taught = _mean_prediction(step.predictions, step.present), step.present
         losses = [
-            distillation_loss(_rows(p, step.present, i), _rows(teacher, step.present, i), self.temperature)
+            distillation_loss(_rows(p, taught, i), _rows(teacher, taught, i), self.temperature)
             for i, p in enumerate(step.predictions)
         ]
         return self.weight * _total(losses)

@@ -148,7 +148,10 @@ class ModalityDropout:
         there = torch.ones(samples, self.masks.shape[1], dtype=torch.bool)
         if present is not None:
             there = present.bool().cpu()
-            chances = chances * ~(self.masks[None] & ~there[:, None]).any(dim=2)
+            possible = ~(self.masks[None] & ~there[:, None]).any(dim=2)
+            allowed = chances * possible
+            # a guide without a floor may leave nothing of what is there
+            chances = torch.where(allowed.sum(dim=1, keepdim=True) > 0, allowed, possible.double())
         drawn = self.masks[torch.multinomial(chances, 1, generator=generator).squeeze(1)]
         keeps_all = torch.rand(samples, 1, generator=generator) < self.full_share
         return torch.where(keeps_all, there, drawn)

@@ -104,10 +104,13 @@ def test_a_missing_modality_neither_learns_nor_teaches(teacher):
         pass
 
     step = Known()
-    step.predictions, step.logits, step.present = predictions, logits, present
+    # of the first case the fusion saw two modalities, of the second one
+    fused = torch.tensor([[True, True, False], [True, False, False], [False, False, True]])
+    step.predictions, step.logits, step.present, step.fused = predictions, logits, present, fused
+    taught = fused if teacher == "fusion" else present
     expected = 0.0
     for i in range(3):
-        cases = [case for case in range(3) if present[case, i]]
+        cases = [case for case in range(3) if taught[case, i]]
         each = []
         for case in cases:
             there = [predictions[j][case] for j in range(3) if present[case, j]]
