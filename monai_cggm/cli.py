@@ -57,9 +57,9 @@ def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except DataError as error:
-            for problem in error.problems:
-                typer.echo(problem, err=True)
             many = len(error.problems)
+            for problem in error.problems if many > 1 else ():
+                typer.echo(problem, err=True)
             _fail(f"{many} problems" if many > 1 else error.problems[0])
         except (CaseError, ValueError, OSError) as error:
             _fail(str(error))

@@ -16,7 +16,8 @@ from monai_cggm.errors import DataError
 #: Name of the network's own prediction among the predictors; the others are the modalities' classifiers.
 FUSION = "fusion"
 
-#: Keys of cell.json; null stands for what is not known.
+#: Keys of cell.json that reports read; null, or no key, stands for what is not known. ``epochs`` are those planned,
+#: ``validations`` how many times the run validated.
 FACTS = (
     "arm",
     "split",
@@ -28,7 +29,9 @@ FACTS = (
     "modalities",
     "part",
     "convention",
+    "epochs",
     "iterations",
+    "validations",
     "best_epoch",
     "training_seconds",
     "peak_memory_mb",

@@ -23,7 +23,11 @@ ENSEMBLE = "ensemble"
 #: What two arms are compared by. ``without_key`` needs the study's ``key_modality``.
 SCORES = ("full", "subsets", "worst", "without_key")
 
+#: Roles of the controls of a balance. Only an arm that names and beats all of them shows that balancing helps.
+BALANCE_CONTROLS = ("constant", "shuffled", "uniform")
+
 _COUNTS = ("splits", "seeds", "cases")
+_ENOUGH_SEEDS = 3
 _COSTS = ("iterations", "training_seconds", "peak_memory_mb", "parameters", "classifier_parameters")
 _DIFFERENCES = (
     "arm",
@@ -38,7 +42,9 @@ _DIFFERENCES = (
     "seeds",
     "cells",
     "cells_left_out",
+    "most_seeds",
     "seeds_resampled",
+    "splits_resampled",
 )
 _REQUIRED = ("reference", "seeds", "arms")
 
@@ -61,10 +67,11 @@ class Comparison:
         subsets: arm; mean Dice over all subsets (``subsets``), over those that lack one modality (``missing_1``), two
             …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
             (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset is NaN.
-        differences: arm minus another (``against``: the reference, or one of the arm's controls, as ``role`` says), by
-            ``score`` (:data:`SCORES`): ``difference``, its 95 % interval ``low`` to ``high``, ``p``, and how many
-            ``cases`` and ``seeds`` it rests on. Only the ``cells`` (split and seed) that both arms have count;
-            ``cells_left_out`` are those that one of them has alone.
+        differences: arm minus another (``against``), by ``score`` (:data:`SCORES`): ``difference``, its 95 % interval
+            ``low`` to ``high``, ``p``, and how many ``cases`` and ``seeds`` it rests on. ``role`` says what the other
+            one is: ``reference``, or a control's roles, joined with "+". Only the ``cells`` (split and seed) that both
+            arms have count; ``cells_left_out`` are those that one of them has alone. For the last three columns see
+            :class:`monai_cggm.analysis.Interval`.
         classifiers: arm and modality; Dice of that modality's classifier.
         alone: the networks of one modality and their ensemble, as in ``full_set``.
         costs: arm; number of ``cells`` and means over them.
@@ -116,13 +123,14 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
 
     Args:
         cells: what was read from its folder.
-        study: the study, with ``reference``, ``seeds``, ``arms`` (name → mapping, in which ``controls`` may name other
-            arms), and optionally ``splits``, ``modalities``, ``part`` (default: test), ``convention``, ``key_modality``
-            and ``alone``.
+        study: the study, with ``reference``, ``seeds``, ``arms`` (name → mapping, in which ``controls`` may hold roles
+            and the arms that have them), and optionally ``splits``, ``modalities``, ``part`` (default: test),
+            ``convention``, ``key_modality`` and ``alone``.
 
     Raises:
-        DataError: where the study's reference or key modality is not there, or cells cannot be compared: other
-            modalities, another convention, other cases of the same split, or no score of the study's part.
+        DataError: where the study's reference or key modality is not there, controls have no roles, or cells cannot be
+            compared: other modalities, another convention, other cases of the same split, or no score of the study's
+            part.
 
     Example:
         >>> from monai_cggm.analysis.cells import FACTS, ROW
@@ -170,27 +178,49 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
     )
 
 
+def controls_of(study: Mapping[str, Any], arm: str) -> dict[str, str]:
+    """Return an arm's controls, role → arm; several roles may name the same arm.
+
+    Raises:
+        DataError: where the controls have no roles.
+
+    Example:
+        >>> controls_of({"arms": {"lag": {"controls": {"shuffled": "lag_shuffled"}}}}, "lag")
+        {'shuffled': 'lag_shuffled'}
+    """
+    controls = (study["arms"].get(arm) or {}).get("controls") or {}
+    if not isinstance(controls, Mapping):
+        raise DataError([f"study: arm {arm} has the controls {controls!r}, expected roles and arms (shuffled: …)"])
+    return {str(role): str(control) for role, control in controls.items()}
+
+
 def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
     """Say in plain words whether balancing helped, for each arm that names controls and for each of two scores.
 
     The scores are the mean Dice over all subsets and that of the full set. An arm is better than another where the
     interval of their difference is above zero, worse where it is below, and otherwise no difference is shown. Balancing
-    helps where the arm is better than the reference *and* than every control.
+    helps where the arm is better than the reference *and* than every control, and where its controls have all the
+    roles of :data:`BALANCE_CONTROLS`. Without one of these, something else than balancing may be what helped: the roles
+    that were not tested are named, and nothing is said of balancing.
 
     Args:
         study: as for :func:`compare`.
         differences: of a :class:`Comparison`.
 
+    Raises:
+        DataError: where an arm's controls have no roles.
+
     Example:
         >>> row = {"arm": "b", "against": "joint", "score": "full", "difference": 2.0, "low": 1.0, "high": 3.0,
-        ...        "cases": 5, "seeds": 1, "seeds_resampled": False}
-        >>> rows = pd.DataFrame([row, row | {"against": "shuffled", "difference": 0.1, "low": -0.9, "high": 1.1}])
-        >>> print(verdicts({"reference": "joint", "arms": {"b": {"controls": ["shuffled"]}}}, rows)[0])
-        b: +2.0 points [1.0, 3.0] over joint on the full set; +0.1 [-0.9, 1.1] over shuffled (5 cases, 1 seed). Better
-        than joint, but no gain over shuffled is shown: it has not shown that balancing helps. With one seed, the
-        intervals leave the chance of training out.
+        ...        "cases": 5, "seeds": 3, "most_seeds": 3, "seeds_resampled": True, "splits_resampled": False}
+        >>> rows = pd.DataFrame([row, row | {"against": "even", "difference": 0.9, "low": 0.1, "high": 1.7}])
+        >>> study = {"reference": "joint", "arms": {"b": {"controls": {"constant": "even", "uniform": "even"}}}}
+        >>> print(verdicts(study, rows)[0])
+        b: +2.0 points [1.0, 3.0] over joint on the full set; +0.9 [0.1, 1.7] over even (constant and uniform); 5 cases,
+        3 seeds. Better than joint and better than its controls (even); shuffled was not run: nothing is said of
+        balancing.
     """
-    arms = {arm: list(spec.get("controls") or []) for arm, spec in study["arms"].items() if spec}
+    arms = {arm: controls_of(study, arm) for arm in study["arms"]}
     arms = {arm: controls for arm, controls in arms.items() if controls}
     if not arms:
         return ["No arm names controls: this study cannot show whether balancing helps."]
@@ -202,8 +232,7 @@ def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
         of_arm = differences[differences["arm"] == arm]
         for score in scored:
             found = {row.against: row for row in of_arm[of_arm["score"] == score].itertuples()}
-            rivals = list(dict.fromkeys([study["reference"], *controls]))
-            sentences.append(_verdict(arm, score, rivals, found))
+            sentences.append(_verdict(arm, score, str(study["reference"]), controls, found))
     return sentences
 
 
@@ -248,9 +277,9 @@ def score_labels(study: Mapping[str, Any]) -> dict[str, str]:
     return {"full": "full set", "subsets": "all subsets", "worst": "worst subset", "without_key": f"without {key}"}
 
 
-def _verdict(arm: str, score: str, rivals: Sequence[str], found: Mapping[str, Any]) -> str:
+def _verdict(arm: str, score: str, reference: str, controls: Mapping[str, str], found: Mapping[str, Any]) -> str:
     where = {"subsets": "the mean over subsets", "full": "the full set"}[score]
-    reference, controls = rivals[0], rivals[1:]
+    rivals = list(dict.fromkeys([reference, *controls.values()]))
     outcomes = {
         rival: outcome(found[rival].low, found[rival].high) if rival in found else "unknown" for rival in rivals
     }
@@ -261,41 +290,66 @@ def _verdict(arm: str, score: str, rivals: Sequence[str], found: Mapping[str, An
             "(not run, outstanding, or too few cases)."
         )
     rows = [found[rival] for rival in rivals]
-    texts = [f"{points(r.difference, sign=True)} [{points(r.low)}, {points(r.high)}] over {r.against}" for r in rows]
-    texts[0] = texts[0].replace(" [", " points [", 1) + f" on {where}"
-    numbers = "; ".join([texts[0], ", ".join(texts[1:])]) if controls else texts[0]
-    counts = f"{_counted([r.cases for r in rows], 'case')}, {_counted([r.seeds for r in rows], 'seed')}"
-    chance = "" if all(r.seeds_resampled for r in rows) else _chance_note(max(r.seeds for r in rows))
-    return f"{arm}: {numbers} ({counts}). {_conclusion(reference, controls, outcomes)}{chance}"
+    numbers = [f"{points(row.difference, sign=True)} [{points(row.low)}, {points(row.high)}]" for row in rows]
+    numbers[0] = numbers[0].replace(" [", " points [", 1)
+    texts = [f"{number} over {_with_roles(rival, controls)}" for number, rival in zip(numbers, rivals, strict=True)]
+    shown = "; ".join(filter(None, [f"{texts[0]} on {where}", ", ".join(texts[1:])]))
+    counts = f"{_counted([row.cases for row in rows], 'case')}, {_counted([row.seeds for row in rows], 'seed')}"
+    notes = "".join(f" {note}" for note in _seed_notes(rows))
+    return f"{arm}: {shown}; {counts}. {_conclusion(reference, controls, outcomes)}{notes}"
 
 
-def _chance_note(seeds: int) -> str:
-    if seeds == 1:
-        return " With one seed, the intervals leave the chance of training out."
-    return " Where a split has one seed in common, the interval leaves the chance of training there out."
+def _with_roles(rival: str, controls: Mapping[str, str]) -> str:
+    """An arm with the roles that it has as a control, unless its name says them."""
+    roles = [role for role, control in controls.items() if control == rival]
+    return rival if roles in ([], [rival]) else f"{rival} ({_listed(roles)})"
 
 
-def _conclusion(reference: str, controls: Sequence[str], outcomes: Mapping[str, str]) -> str:
+def _seed_notes(rows: Sequence[Any]) -> list[str]:
+    notes = []
+    left_out = [row for row in rows if not (row.seeds_resampled or row.splits_resampled)]
+    if any(row.splits_resampled for row in rows):
+        notes.append(
+            "With one seed for each split, whole splits are resampled: the chance of training is in the differences "
+            "between them."
+        )
+    if left_out and max(row.most_seeds for row in left_out) == 1:
+        notes.append("With one seed, the intervals leave the chance of training out.")
+    elif left_out:
+        notes.append("Where a split has one seed in common, the interval leaves the chance of training there out.")
+    if min(row.most_seeds for row in rows) < _ENOUGH_SEEDS:
+        notes.append("Few seeds: the interval may be too narrow.")
+    return notes
+
+
+def _conclusion(reference: str, controls: Mapping[str, str], outcomes: Mapping[str, str]) -> str:
+    names = list(dict.fromkeys(controls.values()))
     of = {
-        result: [control for control in controls if outcomes[control] == result]
-        for result in ("better", "worse", "no difference shown")
+        result: [name for name in names if name != reference and outcomes[name] == result]
+        for result in ("worse", "no difference shown")
     }
+    untested = [role for role in BALANCE_CONTROLS if role not in controls]
+    unproven = ": it has not shown that balancing helps."
+    if untested:
+        unproven = f"; {_listed(untested)} {'was' if len(untested) == 1 else 'were'} not run: "
+        unproven += "nothing is said of balancing."
     against_controls = []
     if of["worse"]:
         against_controls.append(f"worse than {_listed(of['worse'])}")
     if of["no difference shown"]:
         against_controls.append(f"no gain over {_listed(of['no difference shown'])} is shown")
-    unproven = "it has not shown that balancing helps."
     match outcomes[reference]:
-        case "better" if not against_controls:
-            return f"Better than {reference} and than every control: balancing helps here."
+        case "better" if against_controls:
+            return f"Better than {reference}, but {' and '.join(against_controls)}{unproven}"
+        case "better" if untested:
+            return f"Better than {reference} and better than its controls ({', '.join(names)}){unproven}"
         case "better":
-            return f"Better than {reference}, but {' and '.join(against_controls)}: {unproven}"
+            return f"Better than {reference} and than every control: balancing helps here."
         case "worse":
-            return f"Worse than {reference}: {unproven}"
+            return f"Worse than {reference}{unproven}"
         case _:
             also = f", and it is worse than {_listed(of['worse'])}" if of["worse"] else ""
-            return f"No difference from {reference} is shown{also}: {unproven}"
+            return f"No difference from {reference} is shown{also}{unproven}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -315,6 +369,8 @@ def _check_study(study: Mapping[str, Any]) -> None:
         raise DataError(
             [f"study: reference {study['reference']!r}, expected one of the arms {', '.join(study['arms'])}"]
         )
+    for arm in study["arms"]:
+        controls_of(study, arm)
 
 
 def _modalities(cells: Cells, study: Mapping[str, Any]) -> tuple[str, ...]:
@@ -450,14 +506,14 @@ def _by_score(by_subset: pd.DataFrame, groups: Mapping[str, Sequence[str]], subs
 
 
 def _pairs(study: Mapping[str, Any], arms: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Arm, what it is compared with, and why: each with the reference, and with its controls."""
+    """Arm, what it is compared with, and as what: each with the reference, and with its controls."""
     reference = str(study["reference"])
     pairs = []
     for arm in arms:
-        controls = (study["arms"].get(arm) or {}).get("controls") or []
-        if arm != reference:
-            pairs.append((arm, reference, "reference"))
-        pairs += [(arm, control, "control") for control in dict.fromkeys(controls) if control not in (arm, reference)]
+        roles: dict[str, list[str]] = {reference: ["reference"]}
+        for role, control in controls_of(study, arm).items():
+            roles.setdefault(control, []).append(role)
+        pairs += [(arm, against, "+".join(of_against)) for against, of_against in roles.items() if against != arm]
     return pairs
 
 
@@ -488,7 +544,9 @@ def _in_points(interval: Interval) -> dict[str, Any]:
         "high": 100 * interval.high,
         "cases": interval.cases,
         "seeds": interval.seeds,
+        "most_seeds": interval.most_seeds,
         "seeds_resampled": interval.seeds_resampled,
+        "splits_resampled": interval.splits_resampled,
     }
 
 

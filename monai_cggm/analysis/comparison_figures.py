@@ -71,7 +71,7 @@ def subset_heat_map(comparison: Comparison, study: Mapping[str, Any]) -> Picture
         "cases. A column is a subset; dark dots below it are the modalities that the network was given. The numbers "
         "are in tables/subsets.csv."
     )
-    return Picture(svg, alt, caption)
+    return Picture(svg, alt, caption, "subsets")
 
 
 def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture:
@@ -85,6 +85,7 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
     labels = score_labels(study)
     scores = [score for score in SCORES if (differences["score"] == score).any()]
     pairs = list(differences[["arm", "against", "role"]].drop_duplicates().itertuples(index=False, name=None))
+    kinds = {pair: "reference" if pair[1] == study["reference"] else "control" for pair in pairs}
     with rc_context(_RC):
         figure = Figure(figsize=(3.0 + 2.1 * len(scores), 1.3 + 0.36 * len(pairs)), layout="constrained")
         axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
@@ -93,7 +94,7 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
             axis.axvline(0, color="#606060", lw=0.8, zorder=0)
             for y, pair in enumerate(pairs):
                 if pair in rows.index:
-                    _draw_interval(axis, y, rows.loc[pair], pair[2])
+                    _draw_interval(axis, y, rows.loc[pair], kinds[pair])
             axis.set_title(labels[score], fontsize=9)
             axis.set_xlabel("difference (points)")
             axis.grid(axis="x", color="#e4e4e4", lw=0.6)
@@ -102,8 +103,8 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
             axis.tick_params(axis="y", length=0)
         axes[0].set_yticks(range(len(pairs)), [f"{arm} − {against}" for arm, against, _ in pairs])
         axes[0].set_ylim(len(pairs) - 0.5, -0.5)
-        shown = [role for role in _COLOURS if any(pair[2] == role for pair in pairs)]
-        handles = [Line2D([], [], color=_COLOURS[r], marker=_MARKERS[r], label=_LEGEND[r]) for r in shown]
+        shown = [kind for kind in _COLOURS if kind in kinds.values()]
+        handles = [Line2D([], [], color=_COLOURS[k], marker=_MARKERS[k], label=_LEGEND[k]) for k in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         svg = _svg(figure)
     alt = f"Forest plot: differences between arms with 95 % intervals, one row for each of {len(pairs)} comparisons."
@@ -111,15 +112,15 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
         "Differences of Dice in points (Dice × 100) with 95 % intervals; to the right of zero the arm that is named "
         "first is better. Hollow: no interval, because there are too few cases."
     )
-    return Picture(svg, alt, caption)
+    return Picture(svg, alt, caption, "differences")
 
 
-def _draw_interval(axis: Any, y: int, row: pd.Series, role: str) -> None:
+def _draw_interval(axis: Any, y: int, row: pd.Series, kind: str) -> None:
     known = outcome(row["low"], row["high"]) != "unknown"
     if known:
-        axis.plot([row["low"], row["high"]], [y, y], color=_COLOURS[role], lw=1.8, solid_capstyle="butt")
-    face = _COLOURS[role] if known else "white"
-    axis.plot(row["difference"], y, _MARKERS[role], color=_COLOURS[role], markerfacecolor=face, markersize=5)
+        axis.plot([row["low"], row["high"]], [y, y], color=_COLOURS[kind], lw=1.8, solid_capstyle="butt")
+    face = _COLOURS[kind] if known else "white"
+    axis.plot(row["difference"], y, _MARKERS[kind], color=_COLOURS[kind], markerfacecolor=face, markersize=5)
 
 
 def _svg(figure: Figure) -> bytes:

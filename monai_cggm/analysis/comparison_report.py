@@ -14,9 +14,11 @@ import pandas as pd
 
 from monai_cggm.analysis.cells import CellKey, read_cells
 from monai_cggm.analysis.comparison import (
+    ENSEMBLE,
     Comparison,
     arm_title,
     compare,
+    controls_of,
     outcome,
     points,
     score_labels,
@@ -24,7 +26,7 @@ from monai_cggm.analysis.comparison import (
     verdicts,
 )
 from monai_cggm.analysis.comparison_figures import difference_plot, subset_heat_map
-from monai_cggm.analysis.pages import DASH, Section, Table, markdown, one_line, page, without_folders
+from monai_cggm.analysis.pages import DASH, Picture, Section, Table, markdown, one_line, page, without_folders
 from monai_cggm.files import atomic_path
 
 #: What the conventions for empty regions mean, in the words of ``monai_cggm.metrics.EMPTY_CONVENTIONS`` (which a test
@@ -40,11 +42,12 @@ CONVENTION_NOTES: Mapping[str, str] = {
     "monai": "a region that the truth lacks is left out, false positives with it",
 }
 
+_BUDGET = ("epochs", "iterations")
 _MANY = 12  # names listed before a count takes over
 
 
 def write_report(folder: Path, study: Mapping[str, Any]) -> Path:
-    """Write ``report.html``, ``report.md`` and ``tables/*.csv`` of a comparison into its folder.
+    """Write ``report.html``, ``report.md``, ``tables/*.csv`` and ``figures/*.svg`` of a comparison into its folder.
 
     The page stands alone: style and figures are inside it, and it loads nothing. The same cells give the same bytes. It
     can be written at any time: cells that failed or are outstanding are named.
@@ -76,6 +79,9 @@ def write_report(folder: Path, study: Mapping[str, Any]) -> Path:
             frame.to_csv(path, index=False, float_format="%.6f", lineterminator="\n")
     title = one_line(study.get("title") or "Comparison of training methods")
     sections = _sections(comparison, study)
+    for picture in (block for section in sections for block in section.blocks if isinstance(block, Picture)):
+        with atomic_path(folder / "figures" / f"{picture.name}.svg") as path:
+            path.write_bytes(picture.svg)
     for name, text in (("report.md", markdown(title, sections)), ("report.html", page(title, sections))):
         with atomic_path(folder / name) as path:
             path.write_text(text, encoding="utf-8", newline="\n")
@@ -84,7 +90,7 @@ def write_report(folder: Path, study: Mapping[str, Any]) -> Path:
 
 def _csv_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
     facts = comparison.cells.facts
-    columns = ["arm", "split", "seed", "status", "error", "iterations", "best_epoch"]
+    columns = ["arm", "split", "seed", "status", "error", "epochs", "iterations", "validations", "best_epoch"]
     cells = facts[columns].assign(error=[without_folders(error) if error else None for error in facts["error"]])
     return {
         "full_set": comparison.full_set,
@@ -123,6 +129,9 @@ def _verdict_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     missing = len(comparison.outstanding) + len(comparison.cells.failed)
     total = missing + len(comparison.cells.done)
     notes = [f"Preliminary: {missing} of {total} cells are missing."] if missing else []
+    uneven = _uneven_budget(_trained(comparison))
+    if uneven:
+        notes.append(f"The arms did NOT have the same budget, so what follows compares no methods: {uneven}.")
     return Section("Verdicts", notes, verdicts(study, comparison.differences))
 
 
@@ -132,9 +141,10 @@ def _run_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
     rows = []
     for arm in comparison.arms:
         spec = study["arms"].get(arm) or {}
-        lists = (", ".join(map(without_folders, spec.get(key) or [])) or DASH for key in ("overlays", "controls"))
+        overlays = ", ".join(map(without_folders, spec.get("overlays") or [])) or DASH
+        controls = ", ".join(f"{role}: {control}" for role, control in controls_of(study, arm).items()) or DASH
         counts = (str(sum(key.arm == arm for key in group)) for group in keys.values())
-        rows.append([arm, arm_title(study, arm), *lists, _settings(spec.get("settings")), *counts])
+        rows.append([arm, arm_title(study, arm), overlays, controls, _settings(spec.get("settings")), *counts])
     header = ["name", "arm", "overlays", "controls", "own settings", *(f"cells {state}" for state in keys)]
     blocks = [Table("The arms. A cell is one arm, trained on one split with one seed.", header, rows)]
     if cells.failed:
@@ -146,17 +156,18 @@ def _run_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
 def _run_bullets(comparison: Comparison, study: Mapping[str, Any]) -> list[str]:
     cells = comparison.cells
     facts = cells.facts[cells.facts["status"] == "done"]
+    trained = _trained(comparison)
+    selected = not _nothing_selected(trained)
     convention = str(study.get("convention") or next(iter(facts["convention"]), "not known yet"))
     note = CONVENTION_NOTES.get(convention)
     bullets = [
         f"Cells: {len(cells.done)} done, {len(cells.failed)} failed, {len(comparison.outstanding)} outstanding.",
-        f"Budget, the same for every arm: {_settings(study.get('settings'))}. {_iterations(facts)}",
-        f"Scored on the {_part(study)} cases, whole volumes."
-        + (" Models are selected on them too, so the scores are optimistic." if _part(study) == "validation" else ""),
+        _budget(trained, study),
+        f"Settings of every arm: {_settings(study.get('settings'))}.",
+        f"Scored on the {_part(study)} cases, whole volumes." + _validation_note(study, selected=selected),
         f"Empty regions: {convention}" + (f" ({note})." if note else "."),
         f"Seeds: {', '.join(str(seed) for seed in study['seeds'])}. Splits: {', '.join(comparison.splits) or DASH}.",
-        "Models are selected on validation cases; test cases choose nothing."
-        + (f" Selected epochs: {_range(facts['best_epoch'])}." if facts["best_epoch"].notna().any() else ""),
+        _selection(trained, selected=selected),
     ]
     if comparison.modalities:
         bullets.append(f"Modalities: {', '.join(comparison.modalities)}.")
@@ -226,7 +237,9 @@ def _differences_section(comparison: Comparison, study: Mapping[str, Any]) -> Se
         "fewer than six that differ); it is not corrected for the number of comparisons, and it takes the trained "
         "networks as given, so that it can be small where an interval that resamples seeds spans zero.",
     ]
-    if not differences["seeds_resampled"].all():
+    if differences["splits_resampled"].any():
+        notes.append("Where every split has one seed in common, whole splits are resampled, and not their cases.")
+    if not (differences["seeds_resampled"] | differences["splits_resampled"]).all():
         notes.append("Where a split has one seed in common, the interval leaves the chance of training there out.")
     tables = [
         _differences_table(differences[differences["score"] == score], f"Difference on: {label}.")
@@ -306,15 +319,18 @@ def _reading_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     bullets = [
         "Means: over the cases of a split and seed first, then over seeds and splits, each split counting alike. The "
         "standard deviation is that of the seeds' means, so it shows the chance of training, not the spread of cases.",
-        "Intervals: 95 % percentile intervals of 10,000 bootstrap draws, in which the cases of each split and, "
-        "independently, its seeds are drawn with replacement (Owen 2007, the pigeonhole bootstrap). With few cases or "
-        "few seeds they are too narrow. They speak of these splits, not of other hospitals.",
+        "Intervals: 95 % intervals of 10,000 bootstrap draws, in which the cases of each split and, independently, its "
+        "seeds are drawn with replacement (Owen 2007, the pigeonhole bootstrap), widened for few cases and few seeds "
+        "by the quantiles of Student's t. With two seeds they are wide: two trainings say little about chance. They "
+        "speak of these splits, not of other hospitals. With one seed for each of several splits, whole splits are "
+        "drawn instead; folds share training cases, so that such an interval may still be too narrow.",
         "Outcomes: better or worse where the interval lies on one side of zero. No difference shown does not mean that "
         "there is none.",
         "Worst subset: each arm's own, the one with its lowest mean; differences subtract each arm's worst.",
         "Controls: they take away what balancing claims, and keep the rest. Constant: every encoder's gradient × the "
         "mean of B. Shuffled: the same B, given to another modality. Uniform: the same losses with equal weights. An "
-        "arm that does not beat them may gain by the size of the steps, by noise or by the extra losses instead.",
+        "arm that does not beat all three may gain by the size of the steps, by noise or by the extra losses instead; "
+        "so that balancing helps is said only of an arm that does. Arms may name further controls, by other roles.",
     ]
     return Section("How to read this", [], bullets)
 
@@ -375,15 +391,52 @@ def _settings(settings: Mapping[str, Any] | None) -> str:
     )
 
 
-def _iterations(facts: pd.DataFrame) -> str:
-    facts = facts[facts["iterations"].notna()]  # an ensemble is not trained
-    by_arm = {arm: _range(rows["iterations"]) for arm, rows in facts.groupby("arm", sort=False)}
-    if not by_arm:
+def _trained(comparison: Comparison) -> pd.DataFrame:
+    """The facts of the finished cells that were trained, which an ensemble is not."""
+    facts = comparison.cells.facts
+    return facts[(facts["status"] == "done") & (facts["arm"] != ENSEMBLE)]
+
+
+def _budget(trained: pd.DataFrame, study: Mapping[str, Any]) -> str:
+    uneven = _uneven_budget(trained)
+    if uneven:
+        return f"Budget: NOT the same for every arm: {uneven}."
+    amounts = {name: _range(trained[name]) for name in _BUDGET}
+    if amounts["epochs"] == DASH:
+        amounts["epochs"] = one_line((study.get("settings") or {}).get("epochs", DASH))
+    known = [f"{amount} {name}" for name, amount in amounts.items() if amount != DASH]
+    return f"Budget: {', '.join(known)}, the same for every arm." if known else "Budget: not known yet."
+
+
+def _uneven_budget(trained: pd.DataFrame) -> str:
+    """What differs between cells of the same split, by arm; splits of other sizes have other numbers of iterations."""
+    texts = []
+    for name in _BUDGET:
+        known = trained[trained[name].notna()]
+        if (known.groupby("split")[name].nunique() > 1).any():
+            each = (f"{arm} {_range(rows[name])}" for arm, rows in known.groupby("arm", sort=False))
+            texts.append(f"{name}: {'; '.join(each)}")
+    return "; ".join(texts)
+
+
+def _nothing_selected(trained: pd.DataFrame) -> bool:
+    """Whether every cell is known to have validated once, after its last epoch."""
+    earlier = trained["best_epoch"].notna() & trained["epochs"].notna() & (trained["best_epoch"] != trained["epochs"])
+    return bool(len(trained)) and bool((trained["validations"] == 1).all()) and not earlier.any()
+
+
+def _selection(trained: pd.DataFrame, *, selected: bool) -> str:
+    if not selected:
+        return "The last epoch's weights are kept: nothing was selected on the way."
+    epochs = f" Selected epochs: {_range(trained['best_epoch'])}." if trained["best_epoch"].notna().any() else ""
+    return f"Models are selected on validation cases; test cases choose nothing.{epochs}"
+
+
+def _validation_note(study: Mapping[str, Any], *, selected: bool) -> str:
+    if _part(study) != "validation":
         return ""
-    if len(set(by_arm.values())) == 1:
-        return f"Iterations of each cell: {next(iter(by_arm.values()))}."
-    each = "; ".join(f"{arm} {iterations}" for arm, iterations in by_arm.items())
-    return f"The iterations differ, so the arms did not have the same budget: {each}."
+    optimistic = " Models are selected on them too, so the scores are optimistic." if selected else ""
+    return f"{optimistic} Scores on validation cases are for choosing between arms."
 
 
 def _range(values: Iterable[Any]) -> str:

@@ -36,11 +36,13 @@ class Picture:
         svg: an SVG file.
         alt: what it shows, for readers who do not see it.
         caption: text below it.
+        name: of its file, ``figures/<name>.svg`` beside the Markdown page.
     """
 
     svg: bytes
     alt: str
     caption: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,10 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         if section.bullets:
             lines += [*(f"- {_escaped(bullet)}" for bullet in section.bullets), ""]
         for block in section.blocks:
-            lines += _markdown_table(block) if isinstance(block, Table) else [f"(Figure in report.html: {block.alt})"]
+            if isinstance(block, Table):
+                lines += _markdown_table(block)
+            else:
+                lines += [f"![{_escaped(block.alt)}](figures/{block.name}.svg)", "", _escaped(block.caption)]
             lines += [""]
     return "\n".join(lines)
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +19,15 @@ from typing import Any
 import yaml
 
 from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
+from monai_cggm.data.splits import PARTS
+from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 
 #: how a process is started; tests put a stand-in here
 Launch = Callable[[Sequence[str], Path, Mapping[str, str]], int]
+
+#: the last line of a traceback, or what a command says in its place
+_ERROR = re.compile(r"(error:|[\w.]*(Error|Exception|Interrupt)\b)")
 
 _PACKAGES = ("monai_cggm", "monai", "torch", "pytorch-ignite", "numpy")
 
@@ -32,7 +39,8 @@ def facts_of(folder: Path) -> dict[str, Any] | None:
 
 
 def plan_of(cell: Cell, study: Study) -> dict[str, Any]:
-    """Return what defines a cell's result: a finished cell is kept only while this stays the same."""
+    """Return what defines a cell's result: a cell is kept, or gone on with, only while this stays the same."""
+    cases = json.loads(cell.split.read_text(encoding="utf-8"))
     return {
         "arm": cell.arm.name,
         "split": cell.split.stem,
@@ -40,9 +48,22 @@ def plan_of(cell: Cell, study: Study) -> dict[str, Any]:
         "overlays": list(cell.arm.overlays),
         "settings": {**study.settings, **cell.arm.settings},
         "config": list(study.config),
+        "evaluation": list(study.evaluation),
+        "cases": fingerprint([sorted(cases.get(part, [])) for part in PARTS]),
         "part": study.part,
         "convention": study.convention,
     }
+
+
+def configuration_of(cell: Cell, study: Study) -> str:
+    """Fingerprint of what the cell's configuration files say; comments do not count."""
+    files = [*study.config, *cell.arm.overlays, *study.evaluation]
+    return fingerprint([yaml.safe_load(find_file(file).read_text(encoding="utf-8")) for file in files])
+
+
+def fingerprint(content: Any) -> str:
+    """Twelve hexadecimal digits that differ where plain values differ."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def run_cell(
@@ -58,6 +79,7 @@ def run_cell(
     """
     run_dir = out / "runs" / cell.folder
     run_dir.mkdir(parents=True, exist_ok=True)
+    _write_json(run_dir / "plan.json", {**plan_of(cell, study), "configuration": configuration_of(cell, study)})
     settings = _write_settings(cell, study, run_dir, data)
     error = None
     if cell.arm.name == ENSEMBLE:
@@ -70,9 +92,20 @@ def run_cell(
     if error is None:
         _keep_results(run_dir, out / "cells" / cell.folder, study.part, facts["modalities"])
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    with atomic_path(out / "cells" / cell.folder / "cell.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _write_json(out / "cells" / cell.folder / "cell.json", facts)
     return facts
+
+
+def failed_cell(cell: Cell, study: Study, out: Path, error: BaseException) -> dict[str, Any]:
+    """Record a cell that could not be run to its end for a reason of its own."""
+    facts = _facts(cell, study, out, out / "runs" / cell.folder, f"{type(error).__name__}: {error}")
+    _write_json(out / "cells" / cell.folder / "cell.json", facts)
+    return facts
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_settings(cell: Cell, study: Study, run_dir: Path, data: str | Path) -> Path:
@@ -105,23 +138,28 @@ def _run(
     files = [*map(find_file, config), *map(find_file, cell.arm.overlays), *last]
     command = [sys.executable, "-m", "monai.bundle", "run", "--logging_file", "False"]
     log = run_dir / "log.txt"
+    before = log.stat().st_size if log.is_file() else 0
     code = launch([*command, "--config_file", str([str(f) for f in files])], log, environment)
-    return None if code == 0 else _last_words(log, code)
+    return None if code == 0 else _last_words(log, code, before)
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str], **kwargs: Any) -> subprocess.Popen[bytes]:
     """Start a process whose output is appended to a file."""
     with log.open("ab") as file:
+        # a session of its own: Ctrl-C reaches this program alone, which then ends its children
+        kwargs.setdefault("start_new_session", os.name == "posix")
         return subprocess.Popen(
             list(command), stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, **kwargs
         )
 
 
-def _last_words(log: Path, code: int) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output")
-    killed = f"killed by signal {-code}; last line: " if code < 0 else ""
-    return (killed + reason)[:300]
+def _last_words(log: Path, code: int, start: int) -> str:
+    """What a process said last, or the error that it ended with, in one line."""
+    said = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no output"]
+    if code < 0:
+        return f"killed by signal {-code}; last line: {lines[-1]}"[:300]
+    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])[:300]
 
 
 def _join_members(cell: Cell, study: Study, out: Path, run_dir: Path) -> None:
@@ -143,13 +181,19 @@ def _facts(cell: Cell, study: Study, out: Path, run_dir: Path, error: str | None
     settings = {**study.settings, **cell.arm.settings}
     return {
         **plan_of(cell, study),
+        "configuration": configuration_of(cell, study),
         "status": "done" if error is None else "failed",
-        "error": None if error is None else error.replace(str(out.resolve()), "OUT").replace(str(Path.home()), "~"),
+        "error": None if error is None else _without_folders(error, out),
         "modalities": list(settings.get("modalities", study.modalities)),
         **_epochs(run_dir / "epochs.csv"),
         **resources,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _without_folders(text: str, out: Path) -> str:
+    """The text without the folders of this machine: a cell is fit to be shown."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", ".../", text.replace(f"{out.resolve()}/", "OUT/")).splitlines()[0]
 
 
 def _resources(cell: Cell, study: Study, out: Path, run_dir: Path) -> dict[str, Any]:
@@ -176,6 +220,8 @@ def _keep_results(run_dir: Path, folder: Path, part: str, modalities: Sequence[s
     """Copy the scores, rounded, and the curves of the epochs."""
     with (run_dir / f"{part}_subsets" / "cases.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise DataError([f"the scoring wrote no case into {part}_subsets/cases.csv"])
     scores = [column for column in rows[0] if column.startswith(("dice_", "hd95_"))]
     with atomic_path(folder / "scores.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -209,6 +255,8 @@ def _epochs(path: Path) -> dict[str, int | None]:
     scored = [row for row in rows if row.get("validation/val_dice")]
     best = max(scored, key=lambda row: float(row["validation/val_dice"]), default=None)
     return {
+        "epochs": int(rows[-1]["epoch"]) if rows else None,
+        "validations": len(scored) if rows else None,
         "iterations": int(rows[-1]["iteration"]) if rows else None,
         "best_epoch": None if best is None else int(best["epoch"]),
     }

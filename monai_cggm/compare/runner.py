@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,10 +18,12 @@ from typing import Any
 
 import yaml
 
-from monai_cggm.compare.cell import Launch, facts_of, plan_of, run_cell, start
+from monai_cggm.compare.cell import Launch, configuration_of, facts_of, failed_cell, plan_of, run_cell, start
 from monai_cggm.compare.study import Cell, Study, find_file
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 #: told of a cell that begins (no facts) and of one that has ended (its facts)
 Watcher = Callable[[Cell, Mapping[str, Any] | None], None]
@@ -59,13 +63,15 @@ def run_study(
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    splits = [find_file(name) for name in study.splits] or [_drawn_split(study, data, folder)]
-    _check_names(splits)
-    cells, ensembles = study.cells(splits), study.ensembles(splits)
-    _refuse_other_plans(cells + ensembles, study, folder)
-    with atomic_path(folder / "study.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
     with _only_one(folder), _Children() as children:
+        splits = [find_file(name) for name in study.splits] or [_drawn_split(study, data, folder)]
+        _check_names(splits)
+        cells, ensembles = study.cells(splits), study.ensembles(splits)
+        _refuse_other_plans(cells + ensembles, study, folder)
+        if any(not _is_done(cell, folder) for cell in cells):
+            _check_cases(splits, _cases(study, data))
+        with atomic_path(folder / "study.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
         run = _Runner(study, data, folder, _devices(jobs, threads), watch, launch or children.run, children.stop)
         trained = run.all(cells)
         ready = [cell for cell in ensembles if _members_are_done(cell, study, folder)]
@@ -117,11 +123,17 @@ class _Runner:
         device = self.free.get()
         try:
             self.watch(cell, None)
-            facts = run_cell(cell, self.study, self.out, self.data, device, self.launch)
+            facts = self.run(cell, device)
             self.watch(cell, facts)
             return facts
         finally:
             self.free.put(device)
+
+    def run(self, cell: Cell, device: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            return run_cell(cell, self.study, self.out, self.data, device, self.launch)
+        except Exception as error:  # whatever is wrong with one cell must not stop the others
+            return failed_cell(cell, self.study, self.out, error)
 
 
 class _Children:
@@ -193,26 +205,44 @@ def _devices(jobs: int | None, threads: int) -> list[dict[str, str]]:
     """What each worker's processes find in their environment."""
     import torch
 
+    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} for i in range(jobs or gpus)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        return [{**limits, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number = jobs or max(cores // threads, 1)
-    return [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} for _ in range(number)]
+    return [limits for _ in range(jobs or max(cores // threads, 1))]
+
+
+def _cases(study: Study, data: str | Path) -> list[dict[str, Any]]:
+    from monai_cggm.data import load_cases
+
+    return load_cases(
+        data,
+        study.modalities,
+        labels=study.settings.get("labels"),
+        skip_bad=bool(study.settings.get("skip_bad")),
+        allow_missing=bool(study.settings.get("allow_missing")),
+    )
 
 
 def _drawn_split(study: Study, data: str | Path, folder: Path) -> Path:
     """One split for all cells, drawn once and kept."""
     path = folder / "split.json"
     if not path.is_file():
-        from monai_cggm.data import load_cases, split_cases, write_split
+        from monai_cggm.data import split_cases, write_split
 
-        settings = study.settings
-        cases = load_cases(
-            data, study.modalities, labels=settings.get("labels"), allow_missing=bool(settings.get("allow_missing"))
-        )
-        write_split(split_cases(cases, sizes=settings.get("split_sizes"), seed=0), path, 0)
+        cases = _cases(study, data)
+        write_split(split_cases(cases, sizes=study.settings.get("split_sizes"), seed=0), path, 0)
     return path
+
+
+def _check_cases(splits: Sequence[Path], cases: list[dict[str, Any]]) -> None:
+    """Refuse a split that does not fit the data before any cell is trained on it."""
+    from monai_cggm.data import split_cases
+
+    for path in splits:
+        split_cases(cases, split_file=path, ignore_missing=False)
 
 
 def _check_names(splits: Sequence[Path]) -> None:
@@ -222,18 +252,27 @@ def _check_names(splits: Sequence[Path]) -> None:
 
 
 def _refuse_other_plans(cells: Sequence[Cell], study: Study, out: Path) -> None:
+    """Refuse cells, finished or begun, that were run in another way than the study says now."""
     problems = []
     for cell in cells:
-        facts = facts_of(out / "cells" / cell.folder)
-        if facts is None or facts["status"] != "done":
-            continue
+        done, begun = out / "cells" / cell.folder, out / "runs" / cell.folder
         plan = plan_of(cell, study)
-        changed = [f"{key} was {facts.get(key)}, is {value}" for key, value in plan.items() if facts.get(key) != value]
+        facts = facts_of(done)
+        if facts is not None and facts["status"] == "done":
+            where, before = done, facts
+        elif (begun / "plan.json").is_file():
+            # training would go on from the checkpoint of the other plan
+            where, before = begun, json.loads((begun / "plan.json").read_text(encoding="utf-8"))
+            plan["configuration"] = configuration_of(cell, study)
+        else:
+            continue
+        changed = [
+            f"{key} was {before.get(key)}, is {value}" for key, value in plan.items() if before.get(key) != value
+        ]
         if changed:
-            where = out / "cells" / cell.folder
-            problems.append(
-                f"{where} was run in another way ({'; '.join(changed)}): remove it, or choose another folder"
-            )
+            problems.append(f"{where} was run in another way ({'; '.join(changed)}): remove it, or take another folder")
+        elif facts is not None and facts.get("configuration") not in (None, configuration_of(cell, study)):
+            logger.warning("%s is kept, but its configuration files have changed since", where)
     if problems:
         raise DataError(problems)
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from monai_cggm.errors import DataError
+from monai_cggm.metrics import EMPTY_CONVENTIONS
 from monai_cggm.resources import share_path
 
 #: arms of one modality alone, and what they are together
@@ -45,14 +46,15 @@ class Arm:
         title: in words.
         overlays: configuration files that merge over the study's.
         settings: values that win over the study's settings.
-        controls: arms that it has to be better than, to show that what they lack helps.
+        controls: role → arm that it has to be better than, to show that what that one lacks helps; ``constant``,
+            ``shuffled`` and ``uniform`` are the controls of a balance.
     """
 
     name: str
     title: str
     overlays: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    controls: tuple[str, ...] = ()
+    controls: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ class Study:
         part: the cases that the report scores: ``test``, or ``validation`` while methods are still being chosen.
         convention: see :data:`monai_cggm.metrics.EMPTY_CONVENTIONS`.
         key_modality: means over subsets are also given with and without this one.
-        alone: also one network a modality, and their ensemble.
+        alone: some arms are one network a modality; with all of them there is their ensemble, too.
         modalities: the modalities of the configuration.
     """
 
@@ -115,7 +117,7 @@ class Study:
 
     def ensembles(self, splits: Sequence[Path]) -> list[Cell]:
         """Return the ensembles, which are evaluated once their members are trained."""
-        if not self.alone:
+        if not all(f"{ALONE}{modality}" in self.arms for modality in self.modalities):
             return []
         arm = Arm(ENSEMBLE, "ensemble of one network a modality", ("configs/methods/ensemble.yaml",))
         return [Cell(arm, split, seed) for seed in self.seeds for split in splits]
@@ -127,7 +129,7 @@ class Study:
                 "title": arm.title,
                 "overlays": list(arm.overlays),
                 "settings": dict(arm.settings),
-                "controls": list(arm.controls),
+                "controls": dict(arm.controls),
             }
             for name, arm in self.arms.items()
         }
@@ -178,6 +180,10 @@ def read_study(
     """
     path = find_study(source)
     content = _load(path)
+    if seeds is not None:
+        content["seeds"] = list(seeds)
+    if settings:
+        content["settings"] = {**(content.get("settings") or {}), **settings}
     problems = _problems(content, path)
     if problems:
         raise DataError(problems)
@@ -192,13 +198,13 @@ def read_study(
         arms=chosen,
         config=tuple(content["config"]),
         evaluation=tuple(content["evaluation"]),
-        settings={**content.get("settings", {}), **(settings or {})},
+        settings=dict(content.get("settings") or {}),
         splits=tuple(content.get("splits") or ()),
-        seeds=tuple(seeds if seeds is not None else content.get("seeds", [0])),
+        seeds=tuple(content.get("seeds", [0])),
         part=content.get("part", "test"),
         convention=content.get("convention", "brats_legacy"),
         key_modality=content.get("key_modality"),
-        alone=all(f"{ALONE}{m}" in chosen for m in modalities),
+        alone=any(name.startswith(ALONE) for name in chosen),
         modalities=modalities,
     )
 
@@ -235,8 +241,14 @@ def find_file(name: str) -> Path:
 
 def _load(path: Path) -> dict[str, Any]:
     """The content of a study file, over that of the study that it names as its ``base``."""
-    content = _load_one(path)
-    return {**_load_one(find_study(content["base"])), **content} if "base" in content else content
+    content, seen = _load_one(path), [path]
+    while "base" in content:
+        base = find_study(content.pop("base"))
+        if base in seen:
+            raise DataError([f"study {path}: {base} is its own base"])
+        seen.append(base)
+        content = {**_load_one(base), **content}
+    return content
 
 
 def _load_one(path: Path) -> dict[str, Any]:
@@ -250,43 +262,101 @@ def _load_one(path: Path) -> dict[str, Any]:
 
 
 def _problems(content: Mapping[str, Any], path: Path) -> list[str]:
-    problems = [
-        f"study {path} has no {key!r}" for key in ("arms", "config", "evaluation", "reference") if not content.get(key)
-    ]
+    problems = [f"has no {key!r}" for key in ("arms", "config", "evaluation", "reference") if not content.get(key)]
     unknown = sorted(set(content) - _KEYS)
     if unknown:
-        problems.append(f"study {path}: unknown {', '.join(unknown)}; expected {', '.join(sorted(_KEYS))}")
-    if problems:
-        return problems
-    arms: Mapping[str, Any] = content["arms"]
-    problems += [
-        f"study {path}: arm {n!r} must be named by a-z, 0-9 and _" for n in arms if not _NAME.fullmatch(str(n))
-    ]
-    problems += [f"study {path}: arm {n} is reserved" for n in arms if n == ENSEMBLE or str(n).startswith(ALONE)]
+        problems.append(f"unknown {', '.join(unknown)}; expected {', '.join(sorted(_KEYS))}")
+    if not problems:
+        problems = [p for check in (_arm_problems, _value_problems) for p in check(content)]
+    if not problems:
+        problems = _file_problems(content)
+    return [f"study {path}: {problem}" for problem in problems]
+
+
+def _arm_problems(content: Mapping[str, Any]) -> list[str]:
+    arms = content["arms"]
+    if not isinstance(arms, Mapping) or not all(isinstance(arm or {}, Mapping) for arm in arms.values()):
+        return [f"arms must be names with keys such as overlays below them, found {arms!r}"]
+    problems = [f"arm {n!r} must be named by a-z, 0-9 and _" for n in arms if not _NAME.fullmatch(str(n))]
+    problems += [f"arm {n} is reserved" for n in arms if n == ENSEMBLE or str(n).startswith(ALONE)]
     if content["reference"] not in arms:
-        problems.append(f"study {path}: reference {content['reference']!r} is not among the arms {', '.join(arms)}")
-    for name, arm in arms.items():
-        extra = sorted(set(arm or {}) - {"title", "overlays", "settings", "controls"})
+        problems.append(f"reference {content['reference']!r} is not among the arms {', '.join(arms)}")
+    for name, arm in ((name, arm or {}) for name, arm in arms.items()):
+        extra = sorted(set(arm) - {"title", "overlays", "settings", "controls"})
         if extra:
-            problems.append(f"study {path}: arm {name} has unknown {', '.join(extra)}")
-        for control in (arm or {}).get("controls", []):
-            if control not in arms:
-                problems.append(f"study {path}: arm {name} names control {control!r}, which is no arm")
+            problems.append(f"arm {name} has unknown {', '.join(extra)}")
+        if not isinstance(arm.get("overlays", []), list):
+            problems.append(f"arm {name}: overlays must be a list of files, found {arm['overlays']!r}")
+        controls = arm.get("controls", {})
+        if not isinstance(controls, Mapping):
+            problems.append(f"arm {name}: controls must be roles and arms, such as uniform: {next(iter(arms))}")
+            continue
+        problems += [
+            f"arm {name} names {control!r} as its control {role}, which is no other arm"
+            for role, control in controls.items()
+            if control not in arms or control == name
+        ]
+    return problems
+
+
+def _value_problems(content: Mapping[str, Any]) -> list[str]:
+    problems = []
     if content.get("part", "test") not in ("validation", "test"):
-        problems.append(f"study {path}: part must be validation or test, found {content['part']!r}")
-    files = [*content["config"], *content["evaluation"], *(content.get("splits") or ())]
-    files += [overlay for arm in arms.values() for overlay in (arm or {}).get("overlays", [])]
-    for file in dict.fromkeys(files):
+        problems.append(f"part must be validation or test, found {content['part']!r}")
+    convention = content.get("convention", "brats_legacy")
+    if convention not in EMPTY_CONVENTIONS:
+        problems.append(f"convention must be one of {', '.join(EMPTY_CONVENTIONS)}, found {convention!r}")
+    problems += _seed_problems(content.get("seeds", [0]))
+    lists = {key: content.get(key) or [] for key in ("config", "evaluation", "splits")}
+    problems += [f"{key} must be a list of files, found {v!r}" for key, v in lists.items() if not isinstance(v, list)]
+    if not isinstance(content.get("settings") or {}, Mapping):
+        problems.append(f"settings must be keys and values, found {content['settings']!r}")
+    return problems
+
+
+def _seed_problems(seeds: object) -> list[str]:
+    found = list(seeds) if isinstance(seeds, (list, tuple)) else []
+    if found and all(type(seed) is int and seed >= 0 for seed in found) and len(set(found)) == len(found):
+        return []
+    return [f"seeds must be different whole numbers, one at least, found {seeds!r}"]
+
+
+def _file_problems(content: Mapping[str, Any]) -> list[str]:
+    arms = content["arms"]
+    overlays = [overlay for arm in arms.values() for overlay in (arm or {}).get("overlays", [])]
+    problems = []
+    for file in dict.fromkeys([*content["config"], *content["evaluation"], *(content.get("splits") or ()), *overlays]):
         try:
             find_file(file)
         except DataError as error:
-            problems += [f"study {path}: {p}" for p in error.problems]
+            problems += error.problems
+    if problems:
+        return problems
+    modalities = _modalities(content)
+    key = content.get("key_modality")
+    if key is not None and key not in modalities:
+        problems.append(f"key_modality must be one of {', '.join(modalities)}, found {key!r}")
+    shared = [*content["config"], *content["evaluation"]]
+    problems += _unread(content.get("settings") or {}, [*shared, *overlays], "the settings")
+    for name, arm in arms.items():
+        own = (arm or {}).get("overlays", [])
+        problems += _unread((arm or {}).get("settings", {}), [*shared, *own], f"arm {name}")
     return problems
+
+
+def _unread(settings: Mapping[str, Any], files: Sequence[str], where: str) -> list[str]:
+    """Settings that no configuration file has, which nothing would read."""
+    known = {str(key) for file in dict.fromkeys(files) for key in yaml.safe_load(find_file(file).read_text("utf-8"))}
+    return [
+        f"{where} has {key!r}, which is in none of the configuration files"
+        for key in settings
+        if key not in known and str(key).split("#")[0] not in known
+    ]
 
 
 def _modalities(content: Mapping[str, Any]) -> tuple[str, ...]:
     """The last word on ``modalities`` in the study's settings and configuration files."""
-    if "modalities" in content.get("settings", {}):
+    if "modalities" in (content.get("settings") or {}):
         return tuple(content["settings"]["modalities"])
     for file in reversed(content["config"]):
         values = yaml.safe_load(find_file(file).read_text(encoding="utf-8"))
@@ -301,7 +371,7 @@ def _arm(name: str, values: Mapping[str, Any]) -> Arm:
         str(values.get("title", name)),
         tuple(values.get("overlays", ())),
         dict(values.get("settings", {})),
-        tuple(values.get("controls", ())),
+        dict(values.get("controls", {})),
     )
 
 

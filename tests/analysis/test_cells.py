@@ -60,6 +60,18 @@ def test_failed_and_outstanding_cells_are_named(tmp_path: Path) -> None:
     assert cells.done == [CellKey("joint", "a", 0)]
 
 
+def test_facts_of_other_versions_are_read(tmp_path: Path) -> None:
+    """Keys that are missing are null, and what reports do not read is left out."""
+    path = scored_cell(tmp_path, "joint", "a", 0, lambda case, subset: 0.5) / "cell.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert read_cells(tmp_path).facts[["epochs", "validations"]].iloc[0].tolist() == [120, 12]
+    older = {key: value for key, value in content.items() if key not in ("epochs", "validations")} | {"plan": "1f2e"}
+    path.write_text(json.dumps(older), encoding="utf-8")
+    facts = read_cells(tmp_path).facts
+    assert facts[["epochs", "validations"]].iloc[0].tolist() == [None, None]
+    assert "plan" not in facts
+
+
 def test_cells_can_be_narrowed_to_a_plan(tmp_path: Path) -> None:
     for arm in ("joint", "cggm"):
         scored_cell(tmp_path, arm, "a", 0, lambda case, subset: 0.5)

@@ -36,7 +36,11 @@ def a_study(**changes: Any) -> dict[str, Any]:
         "seeds": [0, 1],
         "key_modality": "t1ce",
         "convention": "brats_legacy",
-        "arms": {"joint": {}, "recipe": {"title": "The recipe", "controls": ["shuffled"]}, "shuffled": None},
+        "arms": {
+            "joint": {},
+            "recipe": {"title": "The recipe", "controls": {"shuffled": "shuffled"}},
+            "shuffled": None,
+        },
     } | changes
 
 
@@ -94,12 +98,14 @@ def test_subsets(comparison: Comparison) -> None:
 
 
 def test_differences(comparison: Comparison) -> None:
-    """Seeds differ by 10 and by 12 points in every case, so that the interval is from one to the other."""
+    """Seeds differ by 10 and by 12 points in every case: all of the spread is theirs, with one degree of freedom."""
+    half = 1.0 * math.sqrt(2) * 12.7062 / 1.959964
     for score in ("full", "subsets", "worst", "without_key"):
         found = row_of(comparison.differences, arm="recipe", score=score)
         assert (found["against"], found["role"]) == ("joint", "reference")
         assert found["difference"] == pytest.approx(11.0)
-        assert (found["low"], found["high"]) == (pytest.approx(10.0), pytest.approx(12.0))
+        assert (found["low"], found["high"]) == (pytest.approx(11 - half, abs=1e-4), pytest.approx(11 + half, abs=1e-4))
+        assert (found["most_seeds"], found["seeds_resampled"], found["splits_resampled"]) == (2, True, False)
         assert (found["cases"], found["seeds"], found["cells"], found["cells_left_out"]) == (3, 2, 2, 0)
         assert math.isnan(found["p"])  # three cases
     assert len(comparison.differences) == 4
@@ -129,6 +135,32 @@ def test_only_cells_that_both_arms_have_are_compared(tmp_path: Path) -> None:
     assert found["difference"] == pytest.approx(5.0)
     assert (found["cells"], found["cells_left_out"], found["seeds"]) == (1, 2, 1)
     assert not found["seeds_resampled"]
+
+
+def test_folds_with_one_seed_each(tmp_path: Path) -> None:
+    """Differences of 4, 5 and 6 points in the folds, whatever the case: the folds are the observations."""
+    for number, split in enumerate("abc"):
+        fill(tmp_path, {("joint", split, number): 0.0, ("recipe", split, number): 0.04 + 0.01 * number})
+    study = a_study(splits=["a.json", "b.json", "c.json"], seeds=[0, 1, 2], arms={"joint": {}, "recipe": {}})
+    found = row_of(compare(read_cells(tmp_path), study).differences, score="full")
+    half = math.sqrt(3 / 2) * 4.3027 / 1.959964
+    assert (found["low"], found["high"]) == (pytest.approx(5 - half, abs=1e-4), pytest.approx(5 + half, abs=1e-4))
+    assert (found["cases"], found["seeds"], found["most_seeds"], found["splits_resampled"]) == (9, 3, 1, True)
+
+
+def test_roles_of_what_an_arm_is_compared_with(tmp_path: Path) -> None:
+    """One comparison for each pair of arms, whatever the number of roles."""
+    for arm in ("joint", "recipe", "even", "mixed"):
+        fill(tmp_path, {(arm, "a", 0): 0.0})
+    controls = {"constant": "even", "shuffled": "mixed", "uniform": "even", "teacher": "joint"}
+    arms = {"joint": {}, "recipe": {"controls": controls}, "even": {}, "mixed": {}}
+    differences = compare(read_cells(tmp_path), a_study(arms=arms, seeds=[0])).differences
+    full = differences[(differences["score"] == "full") & (differences["arm"] == "recipe")]
+    assert dict(zip(full["against"], full["role"], strict=True)) == {
+        "joint": "reference+teacher",
+        "even": "constant+uniform",
+        "mixed": "shuffled",
+    }
 
 
 def test_arms_without_a_common_cell_are_not_compared(tmp_path: Path) -> None:
@@ -234,6 +266,10 @@ def test_scores_left_out_by_a_convention(tmp_path: Path) -> None:
         ({"key_modality": "adc"}, "key_modality 'adc', expected one of flair, t1ce, t2"),
         ({"reference": "other"}, "reference 'other', expected one of the arms joint, recipe, shuffled"),
         ({"seeds": None}, "no seeds, expected all of reference, seeds, arms"),
+        (
+            {"arms": {"joint": {"controls": ["recipe"]}, "recipe": {}}},
+            r"arm joint has the controls \['recipe'\], expected roles and arms",
+        ),
         ({"modalities": ["flair", "t1"]}, r"study: flair\+t1; joint: flair\+t1ce\+t2"),
     ],
 )
@@ -265,7 +301,9 @@ def test_subsets_of_four() -> None:
 # ---- verdicts ----
 
 
-def difference(against: str, low: float, high: float, score: str = "subsets", seeds: int = 2) -> dict[str, Any]:
+def difference(
+    against: str, low: float, high: float, score: str = "subsets", seeds: int = 3, **changes: Any
+) -> dict[str, Any]:
     return {
         "arm": "recipe",
         "against": against,
@@ -275,8 +313,14 @@ def difference(against: str, low: float, high: float, score: str = "subsets", se
         "high": high,
         "cases": 5,
         "seeds": seeds,
+        "most_seeds": seeds,
         "seeds_resampled": seeds > 1,
-    }
+        "splits_resampled": False,
+    } | changes
+
+
+def with_controls(**controls: str) -> dict[str, Any]:
+    return a_study(arms={"joint": {}, "recipe": {"controls": controls}})
 
 
 @pytest.mark.parametrize(
@@ -321,23 +365,107 @@ def difference(against: str, low: float, high: float, score: str = "subsets", se
 def test_verdicts(
     joint: tuple[float, float], shuffled: tuple[float, float], constant: tuple[float, float], conclusion: str
 ) -> None:
-    study = a_study(arms={"joint": {}, "recipe": {"controls": ["shuffled", "constant"]}})
+    study = with_controls(shuffled="shuffled", constant="constant", uniform="uniform")
     rows = [difference("joint", *joint), difference("shuffled", *shuffled), difference("constant", *constant)]
+    rows.append(difference("uniform", 5.0, 6.0))
     (text,) = verdicts(study, pd.DataFrame(rows))
     assert text.endswith(conclusion)
     mean = sum(joint) / 2
     assert text.startswith(
         f"recipe: {mean:+.1f} points [{joint[0]:.1f}, {joint[1]:.1f}] over joint on the mean over subsets; "
     )
-    assert "(5 cases, 2 seeds)" in text
+    assert "; 5 cases, 3 seeds. " in text
 
 
-def test_verdicts_of_both_scores_and_of_one_seed() -> None:
-    rows = [difference(rival, 1.0, 2.0, score, 1) for score in ("full", "subsets") for rival in ("joint", "shuffled")]
-    first, second = verdicts(a_study(), pd.DataFrame(rows))
-    assert "on the mean over subsets" in first
-    assert "on the full set" in second
-    assert first.endswith("helps here. With one seed, the intervals leave the chance of training out.")
+@pytest.mark.parametrize(
+    ("controls", "ending"),
+    [
+        (
+            {"uniform": "even"},
+            "Better than joint and better than its controls (even); constant and shuffled were not run: "
+            "nothing is said of balancing.",
+        ),
+        (
+            {"uniform": "even", "constant": "even"},
+            "Better than joint and better than its controls (even); shuffled was not run: "
+            "nothing is said of balancing.",
+        ),
+        (
+            {"teacher": "mixed"},
+            "Better than joint and better than its controls (mixed); constant, shuffled and uniform were not run: "
+            "nothing is said of balancing.",
+        ),
+        (
+            {"uniform": "equal"},
+            "Better than joint, but no gain over equal is shown; constant and shuffled were not run: "
+            "nothing is said of balancing.",
+        ),
+        (
+            {"uniform": "even", "constant": "even", "shuffled": "mixed"},
+            "Better than joint and than every control: balancing helps here.",
+        ),
+        (
+            {"uniform": "even", "constant": "even", "shuffled": "mixed", "teacher": "equal"},
+            "Better than joint, but no gain over equal is shown: it has not shown that balancing helps.",
+        ),
+        (
+            {"uniform": "joint", "constant": "even", "shuffled": "mixed"},
+            "Better than joint and than every control: balancing helps here.",
+        ),
+    ],
+)
+def test_balancing_needs_all_three_controls(controls: dict[str, str], ending: str) -> None:
+    rows = [difference(rival, 1.0, 2.0) for rival in ("joint", "even", "mixed")] + [difference("equal", -1.0, 2.0)]
+    (text,) = verdicts(with_controls(**controls), pd.DataFrame(rows))
+    assert text.endswith(f"3 seeds. {ending}")
+    assert ("balancing helps here" in text) == ("every control" in ending)
+
+
+def test_an_arm_with_two_roles_is_named_once() -> None:
+    rows = [difference(rival, 1.0, 2.0) for rival in ("joint", "even", "shuffled")]
+    (text,) = verdicts(with_controls(constant="even", shuffled="shuffled", uniform="even"), pd.DataFrame(rows))
+    assert text.startswith(
+        "recipe: +1.5 points [1.0, 2.0] over joint on the mean over subsets; "
+        "+1.5 [1.0, 2.0] over even (constant and uniform), +1.5 [1.0, 2.0] over shuffled; 5 cases"
+    )
+
+
+def test_each_score_has_its_own_verdict() -> None:
+    """Balancing helps on the mean over subsets, and not on the full set."""
+    controls = {role: role for role in ("constant", "shuffled", "uniform")}
+    rows = [difference(rival, 1.0, 2.0) for rival in ("joint", *controls)]
+    rows += [difference(rival, -0.1 if rival == "uniform" else 1.0, 2.0, "full") for rival in ("joint", *controls)]
+    subsets, full = verdicts(with_controls(**controls), pd.DataFrame(rows))
+    assert "on the mean over subsets" in subsets
+    assert subsets.endswith("balancing helps here.")
+    assert "on the full set" in full
+    assert full.endswith("no gain over uniform is shown: it has not shown that balancing helps.")
+
+
+FEW = " Few seeds: the interval may be too narrow."
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({"seeds": 3}, ""),
+        ({"seeds": 2}, FEW),
+        ({"seeds": 1}, " With one seed, the intervals leave the chance of training out." + FEW),
+        (
+            {"seeds": 3, "seeds_resampled": False},
+            " Where a split has one seed in common, the interval leaves the chance of training there out.",
+        ),
+        (
+            {"seeds": 1, "splits_resampled": True},
+            " With one seed for each split, whole splits are resampled: the chance of training is in the differences "
+            "between them." + FEW,
+        ),
+    ],
+)
+def test_few_seeds_are_told(changes: dict[str, Any], notes: str) -> None:
+    rows = [difference(rival, 1.0, 2.0, **changes) for rival in ("joint", "shuffled")]
+    (text,) = verdicts(a_study(), pd.DataFrame(rows))
+    assert text.partition("nothing is said of balancing.")[2] == notes
 
 
 def test_no_verdict_without_controls_cells_or_intervals() -> None:

@@ -19,6 +19,7 @@ from monai_cggm.metrics import EMPTY_CONVENTIONS
 from tests.analysis.fake_cells import facts, scored_cell, subsets, write_cell
 
 TITLE = "Does <script>alert('x')</script> help & $why$ | how?"
+FIGURES = ("figures/subsets.svg", "figures/differences.svg")
 TABLES = ("full_set", "subsets", "differences", "classifiers", "alone", "costs", "cells")
 
 
@@ -77,7 +78,7 @@ def a_study(**changes: Any) -> dict[str, Any]:
         "reference": "joint",
         "part": "test",
         "convention": "brats_legacy",
-        "settings": {"epochs": 120},
+        "settings": {"val_interval": 10},
         "splits": ["/somewhere/splits/a.json", "b.json"],
         "seeds": [0, 1],
         "key_modality": "t1ce",
@@ -86,11 +87,12 @@ def a_study(**changes: Any) -> dict[str, Any]:
             "joint": {"title": "Joint"},
             "recipe": {
                 "title": "Recipe <script>alert(1)</script> a|b",
-                "controls": ["shuffled"],
+                "controls": {"constant": "even", "shuffled": "shuffled", "uniform": "even"},
                 "overlays": ["/home/somebody/recipe.yaml"],
                 "settings": {"cache_dir": "/scratch/somebody/cache"},
             },
             "shuffled": {"title": "Shuffled"},
+            "even": {},
         },
     } | changes
 
@@ -122,7 +124,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cell(folder, facts("recipe", "b", 1, status="failed", error=error), [])
     for modality in ("flair", "t1ce", "t2"):
         scored_cell(folder, f"alone_{modality}", "a", 0, lambda case, subset: 0.3, modalities=(modality,))
-    scored_cell(folder, "ensemble", "a", 0, lambda case, subset: 0.35, iterations=None, training_seconds=None)
+    untrained = dict.fromkeys(("epochs", "iterations", "validations", "best_epoch", "training_seconds"))
+    scored_cell(folder, "ensemble", "a", 0, lambda case, subset: 0.35, **untrained)
     write_report(folder, a_study())
     return folder
 
@@ -133,7 +136,7 @@ def texts(folder: Path) -> tuple[Page, str]:
 
 def test_files(report: Path) -> None:
     made = {str(p.relative_to(report)) for p in report.rglob("*") if p.is_file() and "cells/" not in str(p)}
-    assert made == {"report.html", "report.md", *(f"tables/{name}.csv" for name in TABLES)}
+    assert made == {"report.html", "report.md", *(f"tables/{name}.csv" for name in TABLES), *FIGURES}
 
 
 def test_sections_are_in_order(report: Path) -> None:
@@ -177,6 +180,13 @@ def test_nothing_is_loaded_and_pictures_have_a_text(report: Path) -> None:
     assert "@import" not in (report / "report.html").read_text("utf-8")
 
 
+def test_pictures_lie_beside_the_markdown_page(report: Path) -> None:
+    _, text = texts(report)
+    assert re.findall(r"!\[.*\]\((.*)\)", text) == list(FIGURES)
+    for name in FIGURES:
+        assert ElementTree.parse(report / name).getroot().tag.endswith("svg")
+
+
 def test_no_absolute_path_and_no_nan(report: Path) -> None:
     page, markdown = texts(report)
     tables = "".join(path.read_text("utf-8") for path in (report / "tables").iterdir())
@@ -190,9 +200,9 @@ def test_no_absolute_path_and_no_nan(report: Path) -> None:
 
 def test_failed_and_outstanding_cells_are_told(report: Path) -> None:
     page, _ = texts(report)
-    # 3 arms, 3 networks alone and the ensemble, on 2 splits with 2 seeds
-    assert "Cells: 13 done, 1 failed, 14 outstanding." in page.text
-    assert "Preliminary: 15 of 28 cells are missing." in page.text
+    # 4 arms, 3 networks alone and the ensemble, on 2 splits with 2 seeds
+    assert "Cells: 13 done, 1 failed, 18 outstanding." in page.text
+    assert "Preliminary: 19 of 32 cells are missing." in page.text
     assert "joint, b, seed 1" in page.text
     failures = page.tables[1]
     assert failures[1][:3] == ["recipe", "b", "1"]
@@ -201,19 +211,113 @@ def test_failed_and_outstanding_cells_are_told(report: Path) -> None:
 
 def test_what_was_run_is_told(report: Path) -> None:
     page, _ = texts(report)
-    assert "epochs 120" in page.text
-    assert "Iterations of each cell: 600." in page.text  # the ensemble has none, and is no other budget
+    # the ensemble has none, and is no other budget
+    assert "Budget: 120 epochs, 600 iterations, the same for every arm." in page.text
+    assert "Settings of every arm: val_interval 10." in page.text
     assert EMPTY_CONVENTIONS["brats_legacy"].note in page.text
     assert "Seeds: 0, 1. Splits: a, b." in page.text
-    assert "Selected epochs: 120." in page.text
+    assert "Models are selected on validation cases; test cases choose nothing. Selected epochs: 120." in page.text
 
 
-def test_another_budget_is_told(tmp_path: Path) -> None:
+def test_roles_are_told(report: Path) -> None:
+    page, _ = texts(report)
+    arms = {row[0]: row for row in page.tables[0]}
+    assert arms["name"][3] == "controls"
+    assert arms["recipe"][3] == "constant: even, shuffled: shuffled, uniform: even"
+    assert arms["joint"][3] == DASH
+    differences = pd.read_csv(report / "tables" / "differences.csv")
+    roles = differences.groupby(["arm", "against"])["role"].unique().map(list).to_dict()
+    assert roles == {
+        ("recipe", "joint"): ["reference"],
+        ("recipe", "shuffled"): ["shuffled"],
+        ("shuffled", "joint"): ["reference"],
+        ("ensemble", "joint"): ["reference"],
+    }
+
+
+def test_an_arm_with_two_roles_is_one_row(tmp_path: Path) -> None:
     fill(tmp_path, splits=("a",))
-    scored_cell(tmp_path, "longer", "a", 0, lambda case, subset: 0.5, iterations=1200)
-    arms = {"joint": {}, "longer": {}}
-    write_report(tmp_path, a_study(arms=arms))
-    assert "the arms did not have the same budget: joint 600; longer 1200." in texts(tmp_path)[0].text
+    controls = {"constant": "shuffled", "uniform": "shuffled"}
+    write_report(tmp_path, a_study(arms={"joint": {}, "recipe": {"controls": controls}, "shuffled": {}}))
+    table = next(table for table in texts(tmp_path)[0].tables if table[0][:3] == ["arm", "minus", "role"])
+    assert [row[2] for row in table[1:] if row[:2] == ["recipe", "shuffled"]] == ["constant+uniform"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"iterations": 1200}, "iterations: joint 600; longer 1200"),
+        ({"epochs": 240}, "epochs: joint 120; longer 240"),
+        ({"epochs": 240, "iterations": 1200}, "epochs: joint 120; longer 240; iterations: joint 600; longer 1200"),
+    ],
+)
+def test_another_budget_is_told_loudly(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    fill(tmp_path, splits=("a",))
+    scored_cell(tmp_path, "longer", "a", 0, lambda case, subset: 0.5, **changes)
+    write_report(tmp_path, a_study(arms={"joint": {}, "longer": {}}))
+    text = texts(tmp_path)[1]
+    assert f"Budget: NOT the same for every arm: {told}." in text
+    loud = f"The arms did NOT have the same budget, so what follows compares no methods: {told}."
+    assert loud in text[text.index("## Verdicts") : text.index("## What was run")]
+    assert "the same for every arm." not in text
+
+
+def test_splits_of_other_sizes_are_the_same_budget(tmp_path: Path) -> None:
+    """Split b has more cases for training; only one arm has run there."""
+    for arm, split, iterations in (("joint", "a", 600), ("longer", "a", 600), ("longer", "b", 800)):
+        scored_cell(tmp_path, arm, split, 0, lambda case, subset: 0.5, iterations=iterations)
+    write_report(tmp_path, a_study(arms={"joint": {}, "longer": {}}))
+    assert "Budget: 120 epochs, 600 to 800 iterations, the same for every arm." in texts(tmp_path)[0].text
+
+
+@pytest.mark.parametrize(
+    ("facts_of_cells", "settings", "budget"),
+    [
+        ({"epochs": None}, {"epochs": 40}, "Budget: 40 epochs, 600 iterations, the same for every arm."),
+        ({"epochs": None}, {}, "Budget: 600 iterations, the same for every arm."),
+        ({"epochs": None, "iterations": None}, {}, "Budget: not known yet."),
+    ],
+)
+def test_budgets_that_cells_do_not_know(
+    tmp_path: Path, facts_of_cells: dict[str, Any], settings: dict[str, Any], budget: str
+) -> None:
+    fill(tmp_path, splits=("a",), **facts_of_cells)
+    write_report(tmp_path, a_study(settings=settings))
+    assert budget in texts(tmp_path)[0].text
+
+
+LAST = "The last epoch's weights are kept: nothing was selected on the way."
+SELECTED = "Models are selected on validation cases"
+OPTIMISTIC = "so the scores are optimistic"
+CHOOSING = "Scores on validation cases are for choosing between arms."
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+@pytest.mark.parametrize(
+    ("validations", "best_epoch", "selected"),
+    [(1, 120, False), (1, None, False), (2, 120, True), (None, 120, True), (1, 100, True)],
+)
+def test_selection_is_claimed_only_where_there_was_one(
+    tmp_path: Path, part: str, validations: int | None, best_epoch: int | None, selected: bool
+) -> None:
+    """One validation selects nothing; how often a cell validated may not be known."""
+    for seed in (0, 1):
+        path = scored_cell(
+            tmp_path,
+            "joint",
+            "a",
+            seed,
+            lambda case, subset: 0.5,
+            validations=1 if seed == 0 else validations,
+            best_epoch=120 if seed == 0 else best_epoch,
+        )
+        scores = path / "scores.csv"
+        scores.write_text(scores.read_text("utf-8").replace(",test,", f",{part},"), encoding="utf-8")
+    write_report(tmp_path, a_study(part=part, arms={"joint": {}}, alone=False))
+    text = texts(tmp_path)[0].text
+    assert (LAST in text, SELECTED in text) == (not selected, selected)
+    assert (OPTIMISTIC in text) == (selected and part == "validation")
+    assert (CHOOSING in text) == (part == "validation")
 
 
 def shown(row: dict[str, Any], column: str, digits: int) -> str:
@@ -262,7 +366,8 @@ def test_same_cells_same_bytes(report: Path) -> None:
 
 def test_one_seed_is_a_dash(tmp_path: Path) -> None:
     fill(tmp_path, splits=("a",), seeds=(0,))
-    write_report(tmp_path, a_study(splits=["a.json"], seeds=[0], alone=False))
+    arms = {"joint": {}, "recipe": {"controls": {"shuffled": "shuffled"}}, "shuffled": {}}
+    write_report(tmp_path, a_study(splits=["a.json"], seeds=[0], alone=False, arms=arms))
     page, _ = texts(tmp_path)
     full = next(table for table in page.tables if table[0][1].startswith("Dice"))
     assert full[1][1] == f"0.400 ± {DASH}"

@@ -13,6 +13,9 @@ import pytest
 
 from monai_cggm.analysis.statistics import paired_bootstrap, paired_p, seed_mean
 
+#: 97.5 % quantiles of Student's t by degrees of freedom, from a printed table.
+T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 11: 2.2010}
+
 
 def table(values: np.ndarray, split: str = "a") -> pd.DataFrame:
     """A row for each entry of ``(cases, seeds)`` that is not NaN."""
@@ -23,21 +26,32 @@ def table(values: np.ndarray, split: str = "a") -> pd.DataFrame:
 
 
 def slow_bootstrap(tables: list[np.ndarray], draws: int, seed: int) -> tuple[float, float]:
-    """Cases and seeds drawn one by one, every draw's mean over all pairs of them."""
+    """Cases and seeds drawn one by one; every draw's deviation in parts, widened; stretched by an averaged t."""
     generator = np.random.default_rng(seed)
-    means = []
+    deviations = []
+    of_cases: list[list[float]] = [[] for _ in tables]
+    of_seeds: list[list[float]] = [[] for _ in tables]
     for _ in range(draws):
         of_splits = []
-        for values in tables:
-            rows = generator.integers(0, values.shape[0], values.shape[0])
-            columns = generator.integers(0, values.shape[1], values.shape[1])
-            of_splits.append(statistics.fmean(values[i, j] for i in rows for j in columns))
-        means.append(statistics.fmean(of_splits))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+        for i, values in enumerate(tables):
+            n, k = values.shape
+            rows, columns = generator.integers(0, n, n), generator.integers(0, k, k)
+            by_cases = statistics.fmean(values[r, c] for r in rows for c in range(k)) - values.mean()
+            by_seeds = statistics.fmean(values[r, c] for r in range(n) for c in columns) - values.mean()
+            both = statistics.fmean(values[r, c] for r in rows for c in columns) - values.mean() - by_cases - by_seeds
+            of_cases[i].append(by_cases * math.sqrt(n / (n - 1)))
+            of_seeds[i].append(by_seeds * math.sqrt(k / (k - 1)) if k > 1 else 0.0)
+            of_splits.append(of_cases[i][-1] + of_seeds[i][-1] + both)
+        deviations.append(statistics.fmean(of_splits))
+    weighted = [(statistics.pvariance(v), T[t.shape[0] - 1]) for v, t in zip(of_cases, tables, strict=True)]
+    weighted += [(statistics.pvariance(v), T.get(t.shape[1] - 1, 0.0)) for v, t in zip(of_seeds, tables, strict=True)]
+    stretch = sum(v * quantile for v, quantile in weighted) / sum(v for v, _ in weighted) / 1.959964
+    low, high = np.percentile(deviations, [2.5, 97.5]) * stretch
+    mean = statistics.fmean(float(values.mean()) for values in tables)
+    return mean + float(low), mean + float(high)
 
 
-@pytest.mark.parametrize("shapes", [[(5, 2)], [(12, 3)], [(6, 1)], [(7, 3), (4, 2)]])
+@pytest.mark.parametrize("shapes", [[(5, 2)], [(12, 3)], [(6, 1)], [(7, 3), (4, 2)], [(7, 3), (6, 1)]])
 def test_bootstrap_is_what_a_slow_loop_gives(shapes: list[tuple[int, int]]) -> None:
     generator = np.random.default_rng(1)
     tables = [
@@ -52,15 +66,67 @@ def test_bootstrap_is_what_a_slow_loop_gives(shapes: list[tuple[int, int]]) -> N
     assert interval.high == pytest.approx(high, abs=0.05 * width)
     assert interval.mean == pytest.approx(np.mean([values.mean() for values in tables]))
     assert interval.cases == sum(n for n, _ in shapes)
-    assert interval.seeds == max(k for _, k in shapes)
+    assert interval.seeds == interval.most_seeds == max(k for _, k in shapes)
     assert interval.seeds_resampled == all(k > 1 for _, k in shapes)
+    assert not interval.splits_resampled
 
 
 def test_bootstrap_resamples_seeds_and_not_only_cases() -> None:
-    """All cases alike, seeds apart: a bootstrap of cases alone would give an interval without width."""
+    """All cases alike, seeds apart: a bootstrap of cases alone would give an interval without width.
+
+    One draw in 27 takes the lowest seed three times, so the percentiles are -0.1 and 0.1 from the mean.
+    """
     values = np.tile([0.0, 0.1, 0.2], (20, 1))
     interval = paired_bootstrap(table(values))
-    assert (interval.low, interval.high) == (pytest.approx(0.0), pytest.approx(0.2))
+    half = 0.1 * math.sqrt(3 / 2) * T[2] / 1.959964
+    assert (interval.low, interval.high) == (pytest.approx(0.1 - half, abs=1e-5), pytest.approx(0.1 + half, abs=1e-5))
+
+
+def test_folds_with_one_seed_each_are_resampled_as_wholes() -> None:
+    """Each fold's training was lucky or not, its cases agree: resampling cases would give no width at all."""
+    of_folds = [0.0, 0.1, 0.2]
+    rows = pd.concat([table(np.full((n, 1), v), f"fold{n}") for n, v in zip((4, 6, 9), of_folds, strict=True)])
+    interval = paired_bootstrap(rows)
+    half = 0.1 * math.sqrt(3 / 2) * T[2] / 1.959964
+    assert (interval.low, interval.high) == (pytest.approx(0.1 - half, abs=1e-5), pytest.approx(0.1 + half, abs=1e-5))
+    assert (interval.cases, interval.seeds, interval.most_seeds) == (19, 1, 1)
+    assert interval.splits_resampled
+    assert not interval.seeds_resampled
+
+
+def test_folds_whose_cases_differ_and_whose_means_agree_have_no_width() -> None:
+    """Cases are nested in their fold: its mean is the observation."""
+    values = np.array([[-0.3], [0.3], [0.1], [0.1]])
+    interval = paired_bootstrap(pd.concat([table(values, "a"), table(values[::-1] * 1.0, "b")]))
+    assert (interval.low, interval.high) == (pytest.approx(0.05), pytest.approx(0.05))
+
+
+@pytest.mark.parametrize(
+    ("splits", "cases", "seeds", "of_seeds", "least"),
+    [
+        (1, 7, 2, 0.5, 0.0),
+        (1, 33, 2, 2.0, 0.02),
+        (1, 11, 3, 1.0, 0.0),
+        (1, 33, 5, 2.0, 0.01),
+        pytest.param(5, 7, 1, 2.0, 0.01, marks=pytest.mark.slow),
+    ],
+)
+def test_no_difference_is_seldom_taken_for_one(
+    splits: int, cases: int, seeds: int, of_seeds: float, least: float
+) -> None:
+    """Standard deviations in points: 2 between cases; the bare percentiles would be wrong in up to a third."""
+    generator = np.random.default_rng(6)
+    trials, wrong = 150, 0
+    for trial in range(trials):
+        tables = [
+            generator.normal(0, 2, (cases, 1)) + generator.normal(0, of_seeds, (1, seeds))
+            + generator.normal(0, 1, (cases, seeds))
+            for _ in range(splits)
+        ]  # fmt: skip
+        rows = pd.concat([table(values, f"split{i}") for i, values in enumerate(tables)])
+        interval = paired_bootstrap(rows, draws=400, seed=trial)
+        wrong += interval.low > 0 or interval.high < 0
+    assert least <= wrong / trials <= 0.1
 
 
 def test_one_seed_is_the_ordinary_bootstrap_of_means() -> None:

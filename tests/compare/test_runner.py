@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from monai_cggm.compare import read_study, run_study
-from monai_cggm.compare.cell import facts_of
+from monai_cggm.compare import read_study, run_study, runner
+from monai_cggm.compare.cell import _last_words, facts_of
 from monai_cggm.errors import DataError
 from tests.compare.test_study import written
 
+#: what the data hold
+CASES = [{"case": name} for name in "abc"]
 SPLIT = {"seed": 0, "train": ["a"], "validation": ["b"], "test": ["c"]}
 HEADER = ["case", "predictor", "convention", "dice_WT", "dice_mean", "hd95_WT"]
 
@@ -63,6 +65,12 @@ class Bundle:
             rows.writerow(["c", "t2", settings["convention"], 0.0, 0.0, ""])
 
 
+@pytest.fixture(autouse=True)
+def cases(monkeypatch):
+    """The data are not what is tested here."""
+    monkeypatch.setattr(runner, "_cases", lambda study, data: CASES)
+
+
 @pytest.fixture
 def study(tmp_path):
     split = tmp_path / "part.json"
@@ -99,6 +107,8 @@ def test_a_cell_is_trained_scored_and_kept_in_small(study, tmp_path):
     cell = facts_of(folder)
     assert cell["best_epoch"] == 2  # the largest validation Dice
     assert cell["iterations"] == 20
+    assert cell["epochs"] == 4
+    assert cell["validations"] == 3
     assert cell["peak_memory_mb"] == 11.0
     assert cell["overlays"] == ["configs/methods/joint.yaml"]
     assert str(tmp_path) not in (folder / "cell.json").read_text()
@@ -134,6 +144,99 @@ def test_a_finished_cell_of_another_plan_is_not_taken_for_one_of_this(study, tmp
     assert len(error.value.problems) == 6
     assert "settings was {'epochs': 4}, is {'epochs': 5}" in error.value.problems[0]
     assert bundle.calls == []
+
+
+def test_a_cell_that_was_begun_does_not_go_on_under_another_plan(study, tmp_path):
+    run(study, tmp_path, Bundle(fail={"joint", "recipe", "plain"}))
+    other = read_study(tmp_path / "study.yaml", settings={"learning_rate": 9.0}, seeds=[0, 1])
+    with pytest.raises(DataError) as error:
+        run(other, tmp_path, Bundle())
+    assert len(error.value.problems) == 6
+    assert "is {'epochs': 4, 'learning_rate': 9.0}" in error.value.problems[0]
+
+
+def test_another_split_of_the_same_name_is_another_plan(study, tmp_path):
+    run(study, tmp_path, Bundle())
+    (tmp_path / "part.json").write_text(json.dumps({**SPLIT, "train": ["c"], "test": ["a"]}))
+    with pytest.raises(DataError, match="cases was"):
+        run(study, tmp_path, Bundle())
+
+
+def test_changed_overlays_are_told_of_finished_cells_and_refused_of_begun_ones(tmp_path, caplog):
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("lam: 0.1")
+    arms = {"joint": {"overlays": [str(overlay)]}, "plain": None}
+    study = read_study(written(tmp_path, arms=arms, splits=[str(tmp_path / "part.json")], seeds=[0]))
+    run(study, tmp_path, Bundle(fail={"plain"}))
+    overlay.write_text("lam: 0.1  # a comment changes nothing")
+    run(study, tmp_path, Bundle(fail={"plain"}))
+    assert "have changed since" not in caplog.text
+    overlay.write_text("lam: 0.2")
+    run(study, tmp_path, Bundle(fail={"plain"}))
+    assert "joint/part-seed0 is kept, but its configuration files have changed since" in caplog.text
+    (tmp_path / "out/cells/joint/part-seed0/cell.json").unlink()
+    with pytest.raises(DataError, match="configuration was"):
+        run(study, tmp_path, Bundle())
+
+
+def test_a_fault_of_our_own_is_one_cell_s_too(study, tmp_path):
+    class Empty(Bundle):
+        def score(self, run_dir, settings):
+            if run_dir.parent.name == "plain":
+                (run_dir / "test_subsets").mkdir()
+                (run_dir / "test_subsets/cases.csv").write_text("case,predictor\n")
+            else:
+                super().score(run_dir, settings)
+
+    facts = run(study, tmp_path, Empty())
+    assert {f["arm"]: f["status"] for f in facts} == {"joint": "done", "recipe": "done", "plain": "failed"}
+    error = facts_of(tmp_path / "out/cells/plain/part-seed1")["error"]
+    assert error == "DataError: the scoring wrote no case into test_subsets/cases.csv"
+
+
+def test_a_split_that_does_not_fit_the_data_is_refused_before_any_training(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_cases", lambda study, data: CASES[:2])
+    bundle = Bundle()
+    with pytest.raises(DataError, match="case c: is in the split and not among the cases"):
+        run(study, tmp_path, bundle)
+    assert bundle.calls == []
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "words"),
+    [
+        (b"Traceback\nValueError: no\nhint: mirror padding\n", 1, "ValueError: no"),
+        (b"error: /data does not exist\n", 1, "error: /data does not exist"),
+        (b"epoch 3\n", -9, "killed by signal 9; last line: epoch 3"),
+        (b"WARNING: mirror padding\nlast\n", 3, "last"),
+        (b"", 1, "no output"),
+    ],
+)
+def test_the_last_words_are_those_of_the_last_attempt(tmp_path, said, code, words):
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"RuntimeError: an old fault\n")
+    start = log.stat().st_size
+    with log.open("ab") as file:
+        file.write(said)
+    assert _last_words(log, code, start) == words
+
+
+@pytest.mark.parametrize(
+    ("visible", "jobs", "expected"), [(None, None, ["0", "1"]), ("2,5", None, ["2", "5"]), ("2,5", 3, ["2", "5", "2"])]
+)
+def test_one_cell_a_gpu_of_those_that_may_be_used(monkeypatch, visible, jobs, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices = runner._devices(jobs, threads=3)
+    assert [device["CUDA_VISIBLE_DEVICES"] for device in devices] == expected
+    assert {device["OMP_NUM_THREADS"] for device in devices} == {"3"}
 
 
 def test_side_by_side(study, tmp_path):
@@ -210,6 +313,8 @@ def test_a_comparison_that_is_told_to_end_takes_its_cells_with_it(study, tmp_pat
     fake.chmod(0o755)
     code = (
         "import sys; from monai_cggm.compare import read_study, run_study; from monai_cggm.compare import cell\n"
+        "from monai_cggm.compare import runner\n"
+        f"runner._cases = lambda study, data: {CASES!r}\n"
         f"cell.sys = type('S', (), {{'executable': {str(fake)!r}}})\n"
         f"study = read_study({str(tmp_path / 'study.yaml')!r})\n"
         f"run_study(study, {str(tmp_path)!r}, {str(tmp_path / 'out')!r}, jobs=1)\n"

@@ -22,7 +22,7 @@ def written(tmp_path, **changes):
         "seeds": [0, 1, 2],
         "arms": {
             "joint": {"overlays": ["configs/methods/joint.yaml"]},
-            "recipe": {"title": "ours", "overlays": ["configs/parts/dropout.yaml"], "controls": ["joint"]},
+            "recipe": {"title": "ours", "overlays": ["configs/parts/dropout.yaml"], "controls": {"uniform": "joint"}},
             "plain": None,
         },
         **changes,
@@ -52,7 +52,7 @@ def test_a_study_is_every_arm_on_every_split_with_every_seed(tmp_path):
         for seed in (0, 1, 2)
     }
     assert study.arms["recipe"].title == "ours"
-    assert study.arms["recipe"].controls == ("joint",)
+    assert study.arms["recipe"].controls == {"uniform": "joint"}
     assert study.modalities == ("flair", "t1ce", "t1", "t2")
     assert study.ensembles([Path("one.json")]) == []
 
@@ -62,7 +62,7 @@ def test_arms_seeds_and_settings_from_the_command_line(tmp_path):
     assert list(study.arms) == ["joint", "recipe"]
     assert study.seeds == (7,)
     assert study.settings == {"epochs": 9, "lam": 0.0}
-    assert study.described()["arms"]["recipe"]["controls"] == ["joint"]
+    assert study.described()["arms"]["recipe"]["controls"] == {"uniform": "joint"}
 
 
 def test_each_modality_alone_and_their_ensemble(tmp_path):
@@ -70,7 +70,11 @@ def test_each_modality_alone_and_their_ensemble(tmp_path):
     assert list(study.arms) == ["joint", "recipe", "plain", "alone_t1", "alone_t2"]
     assert study.arms["alone_t2"].settings == {"modalities": ["t2"]}
     assert [c.folder for c in study.ensembles([Path("s.json")])] == [f"ensemble/s-seed{n}" for n in (0, 1, 2)]
-    # without its members there is no ensemble
+    # without all of its members there is no ensemble
+    some = read_study(written(tmp_path, alone=True), arms=["recipe", "alone_t1"])
+    assert list(some.arms) == ["joint", "recipe", "alone_t1"]
+    assert some.alone
+    assert some.ensembles([Path("s.json")]) == []
     assert not read_study(written(tmp_path, alone=True), arms=["recipe"]).alone
 
 
@@ -83,22 +87,43 @@ def test_a_study_over_another_one(tmp_path):
     assert study.settings == {"lam": 0.2}  # a key is replaced as a whole
 
 
+def test_bases_of_bases_and_circles(tmp_path):
+    first = written(tmp_path)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"base": str(first), "seeds": [5]}))
+    (tmp_path / "three.yaml").write_text(yaml.safe_dump({"base": str(tmp_path / "two.yaml"), "title": "third"}))
+    study = read_study(tmp_path / "three.yaml")
+    assert (study.title, study.seeds, study.reference) == ("third", (5,), "joint")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"base": str(tmp_path / "b.yaml")}))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump({"base": str(tmp_path / "a.yaml")}))
+    assert "is its own base" in problems(tmp_path / "a.yaml")[0]
+
+
+def test_settings_may_reach_into_parts(tmp_path):
+    assert read_study(written(tmp_path, settings={"encoder#width": 4})).settings == {"encoder#width": 4}
+
+
 def test_everything_that_is_wrong_is_said_at_once(tmp_path):
     arms = {
         "joint": None,
         "Bad Name": None,
         "alone_t1": None,
-        "x": {"overlays": ["configs/nowhere.yaml"], "controls": ["y"], "sead": 1},
+        "x": {"controls": {"uniform": "y", "constant": "x"}, "sead": 1},
+        "y1": {"overlays": "configs/methods/joint.yaml", "controls": ["joint"]},
     }
-    found = "\n".join(problems(written(tmp_path, arms=arms, reference="other", part="train")))
+    changes = {"reference": "other", "part": "train", "convention": "brats_legcy", "seeds": [0, 0]}
+    found = "\n".join(problems(written(tmp_path, arms=arms, **changes)))
     for part in (
         "'Bad Name' must be named by a-z",
         "alone_t1 is reserved",
         "reference 'other' is not among the arms",
-        "x names control 'y', which is no arm",
+        "x names 'y' as its control uniform, which is no other arm",
+        "x names 'x' as its control constant, which is no other arm",
+        "y1: overlays must be a list of files, found 'configs/methods/joint.yaml'",
+        "y1: controls must be roles and arms, such as uniform: joint",
+        "convention must be one of brats_legacy",
+        "seeds must be different whole numbers, one at least, found [0, 0]",
         "x has unknown sead",
         "part must be validation or test, found 'train'",
-        "no file configs/nowhere.yaml",
     ):
         assert part in found
 
@@ -109,6 +134,15 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         ({"arms": {}}, "has no 'arms'"),
         ({"config": None}, "has no 'config'"),
         ({"seed": [1]}, "unknown seed"),
+        ({"seeds": []}, "seeds must be different whole numbers"),
+        ({"seeds": "0"}, "seeds must be different whole numbers"),
+        ({"seeds": [True]}, "seeds must be different whole numbers"),
+        ({"arms": ["joint"]}, "arms must be names with keys"),
+        ({"arms": {"joint": ["a"]}}, "arms must be names with keys"),
+        ({"arms": {"joint": {"overlays": ["configs/nowhere.yaml"]}}}, "no file configs/nowhere.yaml"),
+        ({"key_modality": "t1c"}, "key_modality must be one of flair, t1ce, t1, t2, found 't1c'"),
+        ({"settings": {"epochz": 3}}, "the settings has 'epochz', which is in none of the configuration files"),
+        ({"arms": {"joint": {"settings": {"full_share": 0.5}}}}, "arm joint has 'full_share'"),
     ],
 )
 def test_refuses(tmp_path, changes, message):
@@ -133,4 +167,4 @@ def test_the_studies_that_come_along_are_sound(name):
     study = read_study(name)
     assert study.reference in study.arms
     for arm in study.arms.values():
-        assert set(arm.controls) <= set(study.arms)
+        assert set(arm.controls.values()) <= set(study.arms)
