@@ -258,8 +258,8 @@ def compare(
     \b
     Examples:
       monai-cggm compare small --data demo_data --out comparison
-      monai-cggm compare small --data BraTS2021 --out comparison --arms joint,recipe --seeds 0,1,2 --set epochs=300
-      monai-cggm compare my_study.yaml --data BraTS2021 --out comparison --report-only
+      monai-cggm compare small --data brats_2mm --out comparison --arms joint,recipe --seeds 0,1,2 --set epochs=300
+      monai-cggm compare my_study.yaml --data brats_2mm --out comparison --report-only
     """  # noqa: D301
     import yaml
 
