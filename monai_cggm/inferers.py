@@ -62,6 +62,7 @@ class VolumeInferer(SliceInferer):
 
         Returns:
             Logits ``(B, K, H, W, D)``, or a dictionary of them in the network's own order; with the inputs' metadata.
+            Predictions that the network makes for some cases of the batch only are left out.
 
         Raises:
             TypeError: where there is a mask but the network is no module.
@@ -109,7 +110,9 @@ def _check_present(present: Tensor, inputs: Tensor) -> None:
 def _concatenate(each: Sequence[Logits]) -> Logits:
     if isinstance(each[0], dict):
         volumes = cast(Sequence[dict[str, Tensor]], each)
-        return {name: torch.cat([logits[name] for logits in volumes]) for name in volumes[0]}
+        # what some case of the batch does not have, such as the classifier of an absent modality, is left out
+        common = [name for name in volumes[0] if all(name in logits for logits in volumes)]
+        return {name: torch.cat([logits[name] for logits in volumes]) for name in common}
     return torch.cat(cast(list[Tensor], each))
 
 

@@ -45,7 +45,7 @@ def test_the_folder_is_report_where_none_is_named(tmp_path: Path, monkeypatch: p
 def test_no_run(tmp_path: Path) -> None:
     result = run(tmp_path / "none", "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert result.stderr.strip() == f"{tmp_path / 'none'}: no such folder\nError: {tmp_path / 'none'}: no such folder"
+    assert result.stderr.strip() == f"Error: {tmp_path / 'none'}: no such folder"
 
 
 def test_runs_that_nothing_can_be_made_of(tmp_path: Path) -> None:
