@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from monai_cggm.analysis.cells import FUSION
 from monai_cggm.analysis.runs import (
     BASELINE_STATES,
     CGGM_STATES,
-    FUSION,
     VALIDATION_DICE,
     Kind,
     Run,

@@ -11,11 +11,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
+from monai_cggm.analysis.cells import FUSION
 from monai_cggm.analysis.figures import FIGURES, Item, LeftOut, source
 from monai_cggm.analysis.runs import (
     BASELINE_STATES,
     CGGM_STATES,
-    FUSION,
     Kind,
     Run,
     by_kind,

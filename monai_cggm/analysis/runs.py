@@ -18,7 +18,6 @@ import yaml
 
 from monai_cggm.errors import DataError
 
-FUSION = "fusion"
 #: the column by which a run chooses its model
 VALIDATION_DICE = "validation/val_dice"
 

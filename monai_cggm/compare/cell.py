@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.analysis.pages import without_folders
 from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
 from monai_cggm.data.splits import PARTS
 from monai_cggm.errors import DataError
@@ -183,17 +184,12 @@ def _facts(cell: Cell, study: Study, out: Path, run_dir: Path, error: str | None
         **plan_of(cell, study),
         "configuration": configuration_of(cell, study),
         "status": "done" if error is None else "failed",
-        "error": None if error is None else _without_folders(error, out),
+        "error": None if error is None else without_folders(error.replace(f"{out.resolve()}/", "OUT/")),
         "modalities": list(settings.get("modalities", study.modalities)),
         **_epochs(run_dir / "epochs.csv"),
         **resources,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
-
-
-def _without_folders(text: str, out: Path) -> str:
-    """The text without the folders of this machine: a cell is fit to be shown."""
-    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", ".../", text.replace(f"{out.resolve()}/", "OUT/")).splitlines()[0]
 
 
 def _resources(cell: Cell, study: Study, out: Path, run_dir: Path) -> dict[str, Any]:

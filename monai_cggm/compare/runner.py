@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from monai_cggm.compare.cell import Launch, configuration_of, facts_of, failed_cell, plan_of, run_cell, start
-from monai_cggm.compare.study import Cell, Study, find_file
+from monai_cggm.compare.study import ALONE, Cell, Study, find_file
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 
@@ -76,11 +76,6 @@ def run_study(
         trained = run.all(cells)
         ready = [cell for cell in ensembles if _members_are_done(cell, study, folder)]
         return trained + run.all(ready)
-
-
-def outstanding(study: Study, splits: Sequence[Path], out: str | Path) -> list[Cell]:
-    """Return the cells that are not finished, in the order in which they would run."""
-    return [cell for cell in study.cells(splits) + study.ensembles(splits) if not _is_done(cell, Path(out))]
 
 
 class _Runner:
@@ -283,5 +278,5 @@ def _is_done(cell: Cell, out: Path) -> bool:
 
 
 def _members_are_done(ensemble: Cell, study: Study, out: Path) -> bool:
-    members = [c for c in study.cells([ensemble.split]) if c.seed == ensemble.seed and c.arm.name.startswith("alone_")]
+    members = [c for c in study.cells([ensemble.split]) if c.seed == ensemble.seed and c.arm.name.startswith(ALONE)]
     return all(_is_done(member, out) for member in members)

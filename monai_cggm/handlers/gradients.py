@@ -42,7 +42,7 @@ class GradientRecorder:
       length. It needs nothing of the network but encoders and a head, so it works for a user's own.
 
     The second one costs a further forward pass of the network for each modality, in float32, and a backward pass that
-    ends at the encoders' outputs: with four modalities and ``every=20`` some 5 to 10 percent of the training time.
+    ends at the encoders' outputs.
     Nothing of it reaches training: no gradient is added, batch norm's running statistics are put aside, and random
     numbers are drawn from a copy of the generator. Samples that lack a modality do not count for its gradient.
 

@@ -22,9 +22,7 @@ from torch import Tensor
 from monai_cggm.errors import CaseError
 from monai_cggm.files import atomic_path
 from monai_cggm.metrics.region_scores import BRATS_REGIONS, EMPTY_CONVENTIONS, nan_mean, region_scores
-
-#: Name of the network's own prediction among the predictors; the others are the modalities' classifiers.
-FUSION = "fusion"
+from monai_cggm.networks.subsets import FUSION
 
 Row = dict[str, Any]
 
