@@ -47,6 +47,9 @@ class Step:
         unimodal_gradients: g_i, the gradient of each classifier's last weight, ``(M, n)``, no graph.
         logits: the network's prediction, with its graph.
         predictions: each classifier's, with their graphs.
+        target: what both are compared with.
+        inputs: what each encoder was given, by modality.
+        features: what each encoder gave back, by modality, with its graph.
         present: which modalities each sample has, boolean ``(B, M)`` on the CPU; None where all are there.
         fused: which of them the prediction was made from, boolean ``(B, M)`` on the CPU; None where from all.
     """
@@ -59,6 +62,9 @@ class Step:
     unimodal_gradients: Tensor
     logits: Tensor
     predictions: list[Tensor]
+    target: Tensor
+    inputs: Mapping[str, Any]
+    features: Mapping[str, Any]
     present: Tensor | None
     fused: Tensor | None
 
@@ -289,6 +295,9 @@ class UnimodalObserver:
             unimodal_gradients=self._unimodal_gradients(losses),
             logits=logits,
             predictions=predictions,
+            target=target,
+            inputs=self._features.inputs,
+            features=self._features.outputs,
             present=present,
             fused=present if fused is None else fused,
         )
