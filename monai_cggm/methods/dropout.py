@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from torch import Tensor
 
-from monai_cggm.batches import FUSED, PRESENT
+from monai_cggm.batches import FUSED, PRESENT, samples_in
 from monai_cggm.methods.base import UnimodalObserver
 from monai_cggm.methods.steering import Steering
 from monai_cggm.networks.subsets import subset_masks
@@ -67,10 +67,13 @@ class ModalityDropout:
         guide: a method whose ``balance`` the probabilities follow (see :func:`mask_probabilities`); None: uniform,
             which is also the control for a guide.
         floor: see :func:`mask_probabilities`; None: 0.5 for a guide.
+        full_share: share of the draws that keep all that a sample has.
+        both: the fusion sees each sample as it is too, besides what is drawn, over one pass of the encoders.
+        subsets: how many subsets are drawn for each sample, independently; the fusion sees each of them.
 
     Raises:
-        ValueError: for fewer than two modalities, a floor or full_share outside 0 to 1, a floor without a guide, or a
-            guide without balance terms.
+        ValueError: for fewer than two modalities, a floor or full_share outside 0 to 1, a floor without a guide, a
+            guide without balance terms, or no subset.
 
     Example:
         >>> dropout = ModalityDropout(["flair", "t1ce"], seed=0)
@@ -90,6 +93,7 @@ class ModalityDropout:
         floor: float | None = None,
         full_share: float = 0.0,
         both: bool = False,
+        subsets: int = 1,
     ) -> None:
         number = modalities if isinstance(modalities, int) else len(modalities)
         if number < 2:
@@ -102,8 +106,11 @@ class ModalityDropout:
             raise ValueError(f"{type(guide).__name__} has no balance terms that could guide dropout")
         if not 0 <= full_share <= 1:
             raise ValueError(f"full_share must be between 0 and 1, got {full_share}")
+        if subsets < 1:
+            raise ValueError(f"subsets must be at least 1, got {subsets}")
         self.full_share = full_share
         self.both = both
+        self.subsets = subsets
         self.seed = seed
         self.guide = guide
         self.floor = 0.5 if floor is None else floor
@@ -112,7 +119,7 @@ class ModalityDropout:
     def __repr__(self) -> str:
         """Say what is attached and how."""
         guided = "uniform" if self.guide is None else f"guided, floor={self.floor}"
-        draws = f"{guided}, full_share={self.full_share}, both={self.both}, seed={self.seed}"
+        draws = f"{guided}, full_share={self.full_share}, both={self.both}, drawn={self.subsets}, seed={self.seed}"
         return f"ModalityDropout({len(self.masks)} subsets, {draws})"
 
     def attach(self, engine: Engine) -> None:
@@ -122,10 +129,10 @@ class ModalityDropout:
     def __call__(self, engine: Engine) -> None:
         """Put this iteration's masks into the batch."""
         batch: Any = engine.state.batch
-        samples, present = len(batch[CommonKeys.IMAGE]), batch.get(PRESENT)
+        samples, present = samples_in(batch[CommonKeys.IMAGE]), batch.get(PRESENT)
         drawn = self.draw(samples, engine.state.iteration, present)
         if self.both:
-            complete = torch.ones_like(drawn) if present is None else present.bool().cpu()
+            complete = torch.ones_like(drawn[:samples]) if present is None else present.bool().cpu()
             drawn = torch.cat([complete, drawn])
         batch[FUSED] = drawn
 
@@ -138,7 +145,8 @@ class ModalityDropout:
             present: which modalities each sample has, boolean ``(B, M)``; None: all.
 
         Returns:
-            Boolean ``(B, M)``, at least one True in each row, none where ``present`` is False.
+            Boolean ``(subsets * B, M)``, at least one True in each row, none where ``present`` is False; row
+            ``r * B + b`` is sample b's.
         """
         generator = torch.Generator()
         state = np.random.SeedSequence((self.seed, idist.get_rank(), iteration)).generate_state(1, np.uint64)
@@ -152,6 +160,6 @@ class ModalityDropout:
             allowed = chances * possible
             # a guide without a floor may leave nothing of what is there
             chances = torch.where(allowed.sum(dim=1, keepdim=True) > 0, allowed, possible.double())
-        drawn = self.masks[torch.multinomial(chances, 1, generator=generator).squeeze(1)]
+        drawn = [self.masks[torch.multinomial(chances, 1, generator=generator).squeeze(1)] for _ in range(self.subsets)]
         keeps_all = torch.rand(samples, 1, generator=generator) < self.full_share
-        return torch.where(keeps_all, there, drawn)
+        return torch.cat([torch.where(keeps_all, there, subset) for subset in drawn])

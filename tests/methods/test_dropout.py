@@ -243,11 +243,33 @@ def test_a_floor_needs_a_guide():
         ModalityDropout(3, floor=0.5)
     with pytest.raises(ValueError, match=r"full_share must be between 0 and 1, got 1\.5"):
         ModalityDropout(3, full_share=1.5)
+    with pytest.raises(ValueError, match="subsets must be at least 1, got 0"):
+        ModalityDropout(3, subsets=0)
 
 
-@pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("method", [None, UnimodalObserver, CGGM])
-def test_both_is_the_mean_of_the_complete_sample_and_the_drawn_subset(method, missing):
+def test_several_subsets_of_a_sample_are_drawn_independently():
+    drawn = ModalityDropout(3, seed=5, subsets=2).draw(7000, 1).view(2, 7000, 3)
+    assert torch.equal(drawn[0], ModalityDropout(3, seed=5).draw(7000, 1))
+    code = (drawn * torch.tensor([1, 2, 4])).sum(dim=2)
+    pairs = torch.bincount(code[0] * 8 + code[1], minlength=64).view(8, 8)[1:, 1:]
+    assert pairs.sum() == 7000
+    # 49 pairs, all equally likely: 142.9 expected of each, standard deviation 11.8
+    assert pairs.min() > 95
+    assert pairs.max() < 195
+
+
+@pytest.mark.parametrize(
+    ("method", "missing", "subsets"),
+    [
+        (None, False, 1),
+        (None, True, 3),
+        (UnimodalObserver, False, 2),
+        (UnimodalObserver, True, 1),
+        (CGGM, False, 1),
+        (CGGM, True, 2),
+    ],
+)
+def test_both_is_the_mean_of_the_complete_sample_and_the_drawn_subsets(method, missing, subsets):
     torch.manual_seed(0)
     names = ["a", "b", "c"]
     size = {"encoder": {"backbone": "resnet18", "width": 4, "norm": "group"}, "decoder_channels": 8}
@@ -257,11 +279,12 @@ def test_both_is_the_mean_of_the_complete_sample_and_the_drawn_subset(method, mi
     if missing:
         present[1, 0] = False
         batch["present"] = present
-    dropout = ModalityDropout(names, seed=4, both=True)
-    subset = dropout.draw(3, 1, present if missing else None)
-    assert not torch.equal(subset, present)
-    logits = [network(batch["image"], mask) for mask in (present, subset)]
-    loss = sum(toy.cross_entropy(z, batch["label"]) for z in logits) / 2
+    dropout = ModalityDropout(names, seed=4, both=True, subsets=subsets)
+    drawn = dropout.draw(3, 1, present if missing else None).split(3)
+    assert len(drawn) == subsets
+    assert not torch.equal(drawn[0], present)
+    logits = [network(batch["image"], mask) for mask in (present, *drawn)]
+    loss = sum(toy.cross_entropy(z, batch["label"]) for z in logits) / (1 + subsets)
     expected = torch.autograd.grad(loss, list(network.parameters()))
     classifiers = UnimodalClassifiers.for_network(network)
     observer = None if method is None else method(network, classifiers, metric())
@@ -285,7 +308,7 @@ def test_both_is_the_mean_of_the_complete_sample_and_the_drawn_subset(method, mi
         seen["scalars"] = getattr(engine.state, "scalars", None)
 
     engine.run()
-    assert seen["rows"] == (6, 6)
+    assert seen["rows"] == (3 + 3 * subsets, 3 + 3 * subsets)
     for gradient, right in zip(seen["gradients"], expected, strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-6)
     if observer is not None:
