@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From nothing to a table of Dice scores: set up, make the demo data, train with CGGM, evaluate. No GPU needed.
+# From nothing to a table of Dice scores: set up, make the demo data, train, evaluate. No GPU needed.
 #
 #   bash scripts/demo.sh                   on seeded phantoms, about five minutes on two cores
 #   bash scripts/demo.sh DIR               on a folder of BraTS cases
@@ -39,7 +39,7 @@ started=$SECONDS
 # ---- the run: the only place with the bundle's own keys --------------------------------------------------------------
 bundle="$MONAI_CGGM_ROOT/bundles/brats_cggm"
 overlay="$MONAI_CGGM_ROOT/configs/hardware/cpu.yaml"
-monai_cggm_say "training with CGGM into $run"
+monai_cggm_say "training into $run"
 python -m monai.bundle run --config_file "['$bundle/configs/train.yaml','$overlay']" \
   --bundle_root "$bundle" --dataset_dir "$data" --run_dir "$run" "$@"
 monai_cggm_say "evaluating over whole volumes"

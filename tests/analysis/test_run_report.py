@@ -176,7 +176,8 @@ def test_markdown():
 def test_a_real_run_of_the_bundle(tmp_path):
     write_phantoms(tmp_path / "cases", cases=6, shape=(40, 44, 20), spacing=4.0)
     folder = tmp_path / "cggm"
-    made = workflow("train.yaml", dataset_dir=str(tmp_path / "cases"), run_dir=str(folder), **TINY)
+    files = ("train.yaml", "methods/cggm.yaml")
+    made = workflow(*files, dataset_dir=str(tmp_path / "cases"), run_dir=str(folder), **TINY)
     parsed = made.parser.get_parsed_content
     GradientRecorder(parsed("method"), folder, every=1).attach(parsed("train#trainer"))
     made.run()

@@ -45,7 +45,7 @@ def cases(tmp_path_factory):
 def trained(cases, tmp_path_factory):
     """The folder of a finished run of two epochs."""
     folder = tmp_path_factory.mktemp("run") / "cggm"
-    run("train.yaml", dataset_dir=str(cases), run_dir=str(folder), **TINY)
+    run("train.yaml", "methods/cggm.yaml", dataset_dir=str(cases), run_dir=str(folder), **TINY)
     return folder
 
 
@@ -82,9 +82,17 @@ def test_a_new_run_does_not_begin_over_another_one(trained, cases):
 
 
 def test_words_of_the_command_line_are_taken_for_what_they_mean(cases, tmp_path):
-    words = {"amp": "false", "magnitude": "false", "skip_bad": "false", "resume": "false"}
-    made = workflow("train.yaml", dataset_dir=str(cases), run_dir=str(tmp_path), **{**TINY, **words})
+    words = {"amp": "false", "magnitude": "false", "both": "false", "skip_bad": "false", "resume": "false"}
+    made = workflow(
+        "train.yaml",
+        "methods/cggm.yaml",
+        "parts/dropout.yaml",
+        dataset_dir=str(cases),
+        run_dir=str(tmp_path),
+        **{**TINY, **words},
+    )
     assert made.parser.get_parsed_content("method").magnitude is False
+    assert made.parser.get_parsed_content("dropout").both is False
     assert made.parser.get_parsed_content("train#handlers#0").resume is False
     assert made.parser.get_parsed_content("train#trainer").amp is False
 
@@ -99,21 +107,38 @@ def test_properties_of_the_bundle_are_where_other_tools_look(cases, tmp_path):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_builds_a_trainer(overlay, cases, tmp_path):
-    made = workflow("train.yaml", overlay, dataset_dir=str(cases), run_dir=str(tmp_path), **TINY)
+    after = ("methods/cggm.yaml",) if overlay.startswith(("parts/", "ablations/")) else ()
+    made = workflow("train.yaml", *after, overlay, dataset_dir=str(cases), run_dir=str(tmp_path), **TINY)
     trainer = made.parser.get_parsed_content("train#trainer")
     assert len(trainer.data_loader) == 2
 
 
-def test_the_cpu_overlay_and_its_joint_twin_have_the_same_clipping(cases, tmp_path):
-    def clipping(*overlays):
-        made = workflow("train.yaml", "hardware/cpu.yaml", *overlays, dataset_dir=str(cases), run_dir=str(tmp_path))
-        return made.parser.get_parsed_content("clipping").max_norm, made.parser.get_parsed_content("method")
+def attached(made):
+    """What acts on training, in its order; the recorder of gradients is always there and changes nothing."""
+    return [name for name in made.parser.get_parsed_content("train#handlers#3").names if name != "GradientRecorder"]
 
-    assert clipping()[0] == clipping("methods/joint.yaml")[0] == clipping("methods/observe.yaml")[0] == 1.0
-    assert clipping("methods/joint.yaml")[1] is None
-    assert clipping("ablations/paper_unclipped.yaml")[0] is None
-    assert clipping()[1].rule == "positive"
-    assert clipping("ablations/paper_unclipped.yaml")[1].rule == "paper"
+
+@pytest.mark.parametrize("hardware", [(), ("hardware/cpu.yaml",)])
+def test_the_recipe_is_the_default_and_the_paper_one_word_away(hardware, cases, tmp_path):
+    def made(*overlays):
+        files = ("train.yaml", *hardware, *overlays)
+        return workflow(*files, dataset_dir=str(cases), run_dir=str(tmp_path), **TINY)
+
+    recipe = made()
+    assert attached(recipe) == ["ModalityDropout", "UnimodalObserver", "AuxiliaryLosses", "ClipGradients", "RunLog"]
+    assert recipe.parser.get_parsed_content("dropout").both is True
+    assert recipe.parser.get_parsed_content("auxiliary").weights.tolist() == [0.25] * 4
+    assert recipe.parser.get_parsed_content("clipping").max_norm == 1.0
+    paper = made("methods/cggm.yaml")
+    assert attached(paper) == ["CGGM", "ClipGradients", "RunLog"]
+    method = paper.parser.get_parsed_content("method")
+    assert (method.rule, method.rho, method.lam, method.direction) == ("paper", 1.2, 0.1, "gradient")
+    assert (method.magnitude, method.control, method.max_share) == (True, "none", None)
+    assert paper.parser.get_parsed_content("clipping").max_norm is None
+    assert paper.parser.get_parsed_content("log").balance_line == pytest.approx(0.9)
+    joint = made("methods/joint.yaml")
+    assert attached(joint) == ["ClipGradients", "RunLog"]
+    assert joint.parser.get_parsed_content("clipping").max_norm == 1.0
 
 
 def test_observe_equals_joint_bit_for_bit(cases, tmp_path):
@@ -397,11 +422,12 @@ def flat(state, prefix=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_end(workers, cases, tmp_path):
+@pytest.mark.parametrize(("workers", "method"), [(0, ()), (2, ("methods/cggm.yaml",))])
+def test_a_killed_run_goes_on_to_the_same_end(workers, method, cases, tmp_path):
     arguments = {**TINY, "dataset_dir": cases, "num_workers": workers, "epochs": 4}
-    subprocess.run(command("train.yaml", run_dir=tmp_path / "whole", **arguments), check=True, env=environment())
-    killed = subprocess.Popen(command("train.yaml", run_dir=tmp_path / "killed", **arguments), env=environment())
+    files = ("train.yaml", *method)
+    subprocess.run(command(*files, run_dir=tmp_path / "whole", **arguments), check=True, env=environment())
+    killed = subprocess.Popen(command(*files, run_dir=tmp_path / "killed", **arguments), env=environment())
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoints" / "epoch_0002.pt").exists():
         assert killed.poll() is None, "ended before it could be killed"
@@ -410,7 +436,7 @@ def test_a_killed_run_goes_on_to_the_same_end(workers, cases, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     subprocess.run(
-        command("train.yaml", run_dir=tmp_path / "killed", resume="true", **arguments), check=True, env=environment()
+        command(*files, run_dir=tmp_path / "killed", resume="true", **arguments), check=True, env=environment()
     )
     whole, resumed = (flat(last_state(tmp_path / name, 4)) for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
@@ -431,14 +457,15 @@ def test_two_processes_end_with_equal_weights(cases, tmp_path):
         + " + f'/rank{idist.get_rank()}.pt')"
     )
     (tmp_path / "spy.yaml").write_text(yaml.safe_dump({"run": ["$@train#trainer.run()", spy]}))
-    line = command("train.yaml", "multi_gpu_train.yaml", launcher=launcher, run_dir=tmp_path / "two", **arguments)
+    files = ("train.yaml", "methods/cggm.yaml")  # without dropout, whose draws differ between ranks
+    line = command(*files, "multi_gpu_train.yaml", launcher=launcher, run_dir=tmp_path / "two", **arguments)
     index = line.index("--config_file") + 1
     line[index] = str([*yaml.safe_load(line[index]), str(tmp_path / "spy.yaml")])
     ended = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    run("train.yaml", run_dir=str(tmp_path / "one"), **{**arguments, "dataset_dir": str(cases)})
+    run(*files, run_dir=str(tmp_path / "one"), **{**arguments, "dataset_dir": str(cases)})
     one, two = (last_state(tmp_path / name, 1) for name in ("one", "two"))
     for part in ("model", "classifiers"):
         for key, value in one[part].items():

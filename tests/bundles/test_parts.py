@@ -24,6 +24,7 @@ SPLIT = {
     "validation": ["Phantom_004"],
     "test": ["Phantom_005"],
 }
+CGGM = ("train.yaml", "methods/cggm.yaml")
 SMALL = {**TINY, "split_sizes": None, "hd95": False}
 ALL_PARTS = (
     "parts/guided_dropout.yaml",
@@ -51,9 +52,9 @@ def of(cases, run_dir, **overrides):
 
 @pytest.fixture(scope="module")
 def plain(cases, tmp_path_factory):
-    """A run of CGGM without any part."""
+    """A run of CGGM, which has no part."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    run("train.yaml", **of(cases, folder))
+    run(*CGGM, **of(cases, folder))
     return folder
 
 
@@ -122,7 +123,7 @@ OVERLAYS = {
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_each_overlay_does_what_it_says(overlay, plain, cases, tmp_path):
     names, acts = OVERLAYS[overlay]
-    made = run("train.yaml", overlay, **of(cases, tmp_path / "run"))
+    made = run(*CGGM, overlay, **of(cases, tmp_path / "run"))
     last = ["EMAHandler"] if "average" in overlay else []
     assert attached(made) == [*names, "ClipGradients", *last, "RunLog"]
     table = iterations(tmp_path / "run")
@@ -137,7 +138,7 @@ def test_each_overlay_does_what_it_says(overlay, plain, cases, tmp_path):
 
 
 def test_a_run_without_parts_attaches_none_and_leaves_its_resources(cases, plain):
-    made = workflow("train.yaml", **of(cases, plain, resume=True))
+    made = workflow(*CGGM, **of(cases, plain, resume=True))
     assert attached(made) == ["CGGM", "ClipGradients", "RunLog"]
     facts = json.loads((plain / "resources.json").read_text())
     network = made.parser.get_parsed_content("network_def")
@@ -156,7 +157,7 @@ def test_joint_training_takes_the_parts_that_need_no_classifier(overlays, cases,
 
 
 def test_controls_and_a_bound_from_the_command_line(cases, tmp_path):
-    run("train.yaml", **of(cases, tmp_path / "run", control="constant", max_share=1e-3, lam=10.0, epochs=1))
+    run(*CGGM, **of(cases, tmp_path / "run", control="constant", max_share=1e-3, lam=10.0, epochs=1))
     table = iterations(tmp_path / "run")
     assert np.ptp(columns(table, "balance"), axis=1).max() == 0.0
     assert (table["lam"] < 10.0).all()
@@ -175,7 +176,7 @@ def test_all_parts_have_their_properties_where_other_tools_look(cases, tmp_path)
 
 def test_the_kept_model_is_the_mean_of_the_weights(cases, tmp_path):
     arguments = of(cases, tmp_path / "run", average_momentum=0.3)
-    made = workflow("train.yaml", "parts/average.yaml", **arguments)
+    made = workflow(*CGGM, "parts/average.yaml", **arguments)
     trainer = made.parser.get_parsed_content("train#trainer")
     network = made.parser.get_parsed_content("network_def")
     averages = [{key: value.clone() for key, value in network.state_dict().items()}]
@@ -201,7 +202,7 @@ def test_the_kept_model_is_the_mean_of_the_weights(cases, tmp_path):
     assert len(moved) > len(saved["model"]) // 2
 
     # validation scored the mean, and evaluation scores it again
-    run("train.yaml", "parts/average.yaml", "evaluate.yaml", **arguments)
+    run(*CGGM, "parts/average.yaml", "evaluate.yaml", **arguments)
     scores = pd.read_csv(tmp_path / "run/validation/cases.csv").set_index("predictor")["dice_mean"]
     epoch = pd.read_csv(tmp_path / "run/epochs.csv").set_index("epoch").loc[saved["epoch"]]
     for predictor in ("fusion", *MODALITIES):
@@ -227,7 +228,7 @@ def test_a_run_with_all_parts_resumes_exactly(method, cases, tmp_path):
 def test_every_subset_of_the_sequences_is_scored(plain, cases):
     names = [subset_predictor(subset, MODALITIES) for subset in modality_subsets(MODALITIES)]
     for overlays in (("evaluate.yaml",), ("evaluate.yaml", "protocols/subsets.yaml")):
-        run("train.yaml", *overlays, **of(cases, plain, part="test"))
+        run(*CGGM, *overlays, **of(cases, plain, part="test"))
     scores = pd.read_csv(plain / "test_subsets/cases.csv")
     assert len(names) == 15
     assert scores["predictor"].tolist() == [*names, *MODALITIES]
@@ -270,8 +271,8 @@ def test_cases_that_lack_sequences_are_refused_by_name(lacking, tmp_path):
 @pytest.mark.parametrize(
     "overlays",
     [
-        pytest.param((), id="cggm"),
-        pytest.param(("parts/dropout.yaml",), id="dropout"),
+        pytest.param((), id="recipe"),
+        pytest.param(("methods/cggm.yaml",), id="cggm"),
         pytest.param(("methods/relative.yaml", *ALL_PARTS), id="all parts", marks=pytest.mark.slow),
         pytest.param(("methods/joint.yaml", "parts/dropout.yaml"), id="joint", marks=pytest.mark.slow),
     ],
