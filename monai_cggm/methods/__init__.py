@@ -8,15 +8,23 @@ from monai_cggm.methods.cggm import CGGM
 from monai_cggm.methods.direction import cosines, direction_loss, head_gradient
 from monai_cggm.methods.distillation import Distillation, distillation_loss
 from monai_cggm.methods.dropout import ModalityDropout, mask_probabilities
+from monai_cggm.methods.greedy import Greedy, learning_speeds, slowest
+from monai_cggm.methods.likelihood import ProbabilityOfTruth, true_class_probability
+from monai_cggm.methods.mslr import MSLR, progress_ratio
+from monai_cggm.methods.ogm_ge import OGMGE, discrepancy_ratios, ogm_coefficients
 from monai_cggm.methods.relative import RelativeBalance, relative_terms
 from monai_cggm.methods.steering import Steering, controlled
 
 __all__ = [
     "CGGM",
+    "MSLR",
+    "OGMGE",
     "AuxiliaryLosses",
     "Balance",
     "Distillation",
+    "Greedy",
     "ModalityDropout",
+    "ProbabilityOfTruth",
     "RelativeBalance",
     "Steering",
     "Step",
@@ -25,10 +33,16 @@ __all__ = [
     "controlled",
     "cosines",
     "direction_loss",
+    "discrepancy_ratios",
     "distillation_loss",
     "equation_7",
     "head_gradient",
+    "learning_speeds",
     "mask_probabilities",
     "mean_factor",
+    "ogm_coefficients",
+    "progress_ratio",
     "relative_terms",
+    "slowest",
+    "true_class_probability",
 ]

@@ -9,8 +9,11 @@ from monai_cggm.batches import prepare_batch
 from monai_cggm.losses import DiceCrossEntropyLoss
 from monai_cggm.methods import (
     CGGM,
+    MSLR,
+    OGMGE,
     AuxiliaryLosses,
     Distillation,
+    Greedy,
     ModalityDropout,
     RelativeBalance,
     UnimodalObserver,
@@ -25,6 +28,9 @@ METHODS = {
     "lagged": lambda n, c: CGGM(n, c, metric(), lam=0.5, direction="lagged", rule="positive"),
     "bounded": lambda n, c: CGGM(n, c, metric(), lam=0.5, max_share=0.1, rule="clamped"),
     "relative": lambda n, c: RelativeBalance(n, c, metric(), every=1),
+    "ogm_ge": lambda n, c: OGMGE(n, c, metric()),
+    "mslr": lambda n, c: MSLR(n, c, metric()),
+    "greedy": lambda n, c: Greedy(n, c, metric(), start_epoch=1),
 }
 
 

@@ -13,8 +13,11 @@ from monai_cggm.batches import prepare_batch
 from monai_cggm.losses import DiceCrossEntropyLoss
 from monai_cggm.methods import (
     CGGM,
+    MSLR,
+    OGMGE,
     AuxiliaryLosses,
     Distillation,
+    Greedy,
     ModalityDropout,
     RelativeBalance,
     UnimodalObserver,
@@ -48,6 +51,20 @@ def bounded(network, classifiers):
     return CGGM(network, classifiers, toy.metric(), lam=5.0, max_share=0.3)
 
 
+def ogm_ge(network, classifiers):
+    return OGMGE(network, classifiers, toy.metric(), alpha=0.8)
+
+
+def mslr(network, classifiers):
+    return MSLR(
+        network, classifiers, toy.metric(), initial=dict(zip(toy.MODALITIES, (0.5, 1.0, 1.5, 2.0), strict=True))
+    )
+
+
+def greedy(network, classifiers):
+    return Greedy(network, classifiers, toy.metric(), window=1, start_epoch=1)
+
+
 #: what one process with the whole batch would do too: a method, and the parts that go with it
 METHODS = {
     "observe": (lambda n, c: UnimodalObserver(n, c, toy.metric()), lambda method: []),
@@ -56,13 +73,21 @@ METHODS = {
     "weights": (lambda n, c: CGGM(n, c, toy.metric(), rho=1.2, lam=0.5, direction="weights"), lambda method: []),
     "bounded": (bounded, lambda method: []),
     "relative": (relative, lambda method: [AuxiliaryLosses(method, 0.5, follow_balance=True), Distillation(method)]),
+    "ogm_ge": (ogm_ge, lambda method: []),
+    "mslr": (mslr, lambda method: []),
+    "greedy": (greedy, lambda method: []),
 }
 #: what depends on the process
 OWN = {
     "dropout": (relative, lambda method: [ModalityDropout(4, guide=method), AuxiliaryLosses(method, 0.5)]),
     "lacking": (relative, lambda method: [AuxiliaryLosses(method, 0.5), Distillation(method)]),
     "lacking cggm": (bounded, lambda method: [AuxiliaryLosses(method, 0.5, follow_balance=True)]),
+    "lacking ogm_ge": (ogm_ge, lambda method: []),
+    "lacking mslr": (mslr, lambda method: []),
+    "lacking greedy": (greedy, lambda method: []),
 }
+#: MSLR's factors follow the progress of epochs from the third on
+EPOCHS = {"mslr": 3, "lacking mslr": 3}
 
 
 def train(name, batches, wrap):
@@ -78,6 +103,7 @@ def train(name, batches, wrap):
         handlers=parts(method),
         loss=DiceCrossEntropyLoss(ce_weight=(0.2, 0.3, 0.25, 0.25)),
         prepare_batch=prepare_batch,
+        epochs=EPOCHS.get(name, 1),
     )
     engine.run()
     plain = {
@@ -122,6 +148,8 @@ def test_two_ranks_take_the_step_of_one_process(name, two_ranks):
             "gradient_norm",
             "modulated_norm",
             "lam",
+            "discrepancy",
+            "update",
         ):
             assert first["scalars"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
             assert second["scalars"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
