@@ -18,7 +18,7 @@ from monai.utils import CommonKeys
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from monai_cggm.batches import FUSED, PRESENT
+from monai_cggm.batches import FUSED, PRESENT, samples_in
 from monai_cggm.handlers.checkpoint import unwrapped
 from monai_cggm.handlers.clip import unscale_once
 from monai_cggm.methods.capture import Capture, detached, let_in
@@ -213,7 +213,7 @@ class UnimodalObserver:
         task_loss = output[CommonKeys.LOSS]
         self._scalars = {"loss/task": task_loss.detach()}
         # where the fusion ran several times over one encoding, the first rows are those of the samples as they are
-        samples = len(output[CommonKeys.IMAGE])
+        samples = samples_in(output[CommonKeys.IMAGE])
         step = self._observe(
             task_loss,
             output[CommonKeys.PRED][:samples],

@@ -138,6 +138,26 @@ class MultimodalSegmenter(nn.Module):
             high = [_zero_absent(h, present[:, index]) for index, h in enumerate(high)]
         return upsample_logits(self.head(self.decoder(low, high)), size, self.low_stride)
 
+    def fuse(
+        self, outputs: Mapping[str, tuple[Tensor, Tensor]], size: Sequence[int], present: Tensor | None = None
+    ) -> Tensor:
+        """Predict from what each encoder returned, by modality: :meth:`decode` for who has captured the outputs.
+
+        A method that predicts from subsets of the modalities calls this; a network of another build that has it serves
+        as well. It is not part of an exported network.
+
+        Args:
+            outputs: modality → low- and high-level features, as its encoder returned them.
+            size: spatial size of the image.
+            present: as in :meth:`forward`.
+
+        Returns:
+            Logits ``(B, num_classes, *size)``.
+        """
+        low = [outputs[modality][0] for modality in self.modalities]
+        high = [outputs[modality][1] for modality in self.modalities]
+        return self.decode((low, high), list(size), present)
+
 
 def _check_present(present: Tensor | None, modalities: int) -> None:
     if present is not None and (present.dim() != 2 or present.shape[1] != modalities):

@@ -12,9 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from monai_cggm.batches import prepare_batch
 from monai_cggm.losses import DiceCrossEntropyLoss
 from monai_cggm.methods import (
+    AGM,
     CGGM,
     MSLR,
     OGMGE,
+    PMR,
+    UMT,
     AuxiliaryLosses,
     Distillation,
     Greedy,
@@ -65,6 +68,21 @@ def greedy(network, classifiers):
     return Greedy(network, classifiers, toy.metric(), window=1, start_epoch=1)
 
 
+def agm(network, classifiers):
+    return AGM(network, classifiers, toy.metric(), alpha=2.0)
+
+
+def pmr(network, classifiers):
+    return PMR(network, classifiers, toy.metric())
+
+
+def umt(network, classifiers):
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        teachers = dict(toy.MaskedNetwork().encoders.items())
+    return UMT(network, classifiers, toy.metric(), teachers=teachers, weight=1.0)
+
+
 #: what one process with the whole batch would do too: a method, and the parts that go with it
 METHODS = {
     "observe": (lambda n, c: UnimodalObserver(n, c, toy.metric()), lambda method: []),
@@ -76,6 +94,9 @@ METHODS = {
     "ogm_ge": (ogm_ge, lambda method: []),
     "mslr": (mslr, lambda method: []),
     "greedy": (greedy, lambda method: []),
+    "agm": (agm, lambda method: []),
+    "pmr": (pmr, lambda method: []),
+    "umt": (umt, lambda method: []),
 }
 #: what depends on the process
 OWN = {
@@ -85,9 +106,12 @@ OWN = {
     "lacking ogm_ge": (ogm_ge, lambda method: []),
     "lacking mslr": (mslr, lambda method: []),
     "lacking greedy": (greedy, lambda method: []),
+    "lacking agm": (agm, lambda method: []),
+    "lacking pmr": (pmr, lambda method: []),
+    "lacking umt": (umt, lambda method: []),
 }
-#: MSLR's factors follow the progress of epochs from the third on
-EPOCHS = {"mslr": 3, "lacking mslr": 3}
+#: MSLR's factors follow the progress of epochs from the third on, and PMR has prototypes from the second on
+EPOCHS = {"mslr": 3, "lacking mslr": 3, "pmr": 2, "lacking pmr": 2}
 
 
 def train(name, batches, wrap):
@@ -150,6 +174,9 @@ def test_two_ranks_take_the_step_of_one_process(name, two_ranks):
             "lam",
             "discrepancy",
             "update",
+            "share_loss",
+            "prototype_score",
+            "prototype_weight",
         ):
             assert first["scalars"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
             assert second["scalars"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

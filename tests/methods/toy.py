@@ -37,7 +37,10 @@ class MaskedNetwork(ToyNetwork):
     """The like, told which modalities are there: the features of the others are zero."""
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        features = torch.stack([encoder(x[:, i : i + 1]) for i, encoder in enumerate(self.encoders.values())], dim=1)
+        return self.fuse({m: e(x[:, i : i + 1]) for i, (m, e) in enumerate(self.encoders.items())}, x.shape[2:], present)
+
+    def fuse(self, outputs: dict[str, Tensor], size: Sequence[int], present: Tensor | None = None) -> Tensor:
+        features = torch.stack([outputs[m] for m in self.encoders], dim=1)
         if present is not None:
             features = features.masked_fill(~present[:, :, None, None, None], 0.0)
         return self.head(self.trunk(features.flatten(1, 2)))

@@ -175,3 +175,17 @@ def test_a_fine_stem_gives_logits_and_classifiers_of_the_image_s_size(size):
     assert tuple(network(torch.randn(1, 2, *size)).shape) == (1, 3, *size)
     both = FusionAndUnimodal(network, UnimodalClassifiers.for_network(network)).eval()
     assert {tuple(logits.shape) for logits in both(torch.randn(1, 2, *size)).values()} == {(1, 3, *size)}
+
+
+def test_fuses_what_its_encoders_returned():
+    network = small(["a", "b", "c"]).eval()
+    outputs = {}
+    for name, encoder in network.encoders.items():
+        encoder.register_forward_hook(lambda _m, _args, out, name=name: outputs.update({name: out}))
+    x = torch.randn(2, 3, 33, 40)
+    present = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 1]], dtype=torch.bool)
+    with torch.no_grad():
+        whole, masked = network(x), network(x, present)
+        reordered = dict(reversed(outputs.items()))
+        assert torch.equal(network.fuse(reordered, x.shape[2:]), whole)
+        assert torch.equal(network.fuse(reordered, x.shape[2:], present), masked)
