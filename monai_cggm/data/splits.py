@@ -71,7 +71,7 @@ def split_cases(
         targets = _checked_sizes(sizes, len(ids)) if sizes is not None else _sizes_of(fractions, len(ids))
         parts = _draw(patients, targets, seed, exact=sizes is not None)
     split = {part: [item for item in cases if item["case"] in chosen] for part, chosen in parts.items()}
-    _check_patients(split)
+    check_patients(split)
     return split
 
 
@@ -134,7 +134,14 @@ def write_split(split: Mapping[str, Sequence[Item]], path: str | Path, seed: int
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def check_plan(split: Mapping[str, Sequence[Item]], *, volumes_per_batch: int, epochs: int, val_interval: int) -> None:
+def check_plan(
+    split: Mapping[str, Sequence[Item]],
+    *,
+    volumes_per_batch: int,
+    epochs: int,
+    val_interval: int,
+    name: str = "volumes_per_batch",
+) -> None:
     """Refuse a training that could not take a step, or would end without a model, before any long work.
 
     Args:
@@ -142,6 +149,7 @@ def check_plan(split: Mapping[str, Sequence[Item]], *, volumes_per_batch: int, e
         volumes_per_batch: volumes in a batch, over all processes.
         epochs: epochs of the run.
         val_interval: epochs between validations.
+        name: what the configuration calls ``volumes_per_batch``, for messages.
 
     Raises:
         DataError: for fewer training cases than a batch takes, no validation case, a batch that the processes do not
@@ -154,13 +162,13 @@ def check_plan(split: Mapping[str, Sequence[Item]], *, volumes_per_batch: int, e
     problems = []
     if len(split["train"]) < volumes_per_batch:
         problems.append(
-            f"{len(split['train'])} training cases are fewer than volumes_per_batch={volumes_per_batch}: no step could "
-            "be taken; make batches smaller (--volumes_per_batch) or add cases"
+            f"{len(split['train'])} training cases are fewer than {name}={volumes_per_batch}: no step could "
+            f"be taken; make batches smaller (--{name}) or add cases"
         )
     if not split["validation"]:
         problems.append("the split has no validation case: no model could be chosen")
     if volumes_per_batch % idist.get_world_size():
-        problems.append(f"volumes_per_batch={volumes_per_batch} is no multiple of {idist.get_world_size()} processes")
+        problems.append(f"{name}={volumes_per_batch} is no multiple of {idist.get_world_size()} processes")
     if val_interval > epochs:
         problems.append(f"val_interval={val_interval} is beyond the last of {epochs} epochs: no model would be written")
     if problems:
@@ -274,7 +282,12 @@ def _check_listed(
         logger.warning("Left out of the split:\n  %s", "\n  ".join([*missing, *unlisted]))
 
 
-def _check_patients(split: Mapping[str, Sequence[Item]]) -> None:
+def check_patients(split: Mapping[str, Sequence[Item]]) -> None:
+    """Refuse a split that has cases of one patient in two parts.
+
+    Raises:
+        DataError: names the case, its patient and both parts.
+    """
     part_of: dict[str, str] = {}
     for part, items in split.items():
         for item in items:

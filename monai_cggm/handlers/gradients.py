@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -19,6 +19,7 @@ from monai.utils import CommonKeys
 from torch import Tensor
 from torch.func import functional_call
 
+from monai_cggm.batches import Inputs, rows_of
 from monai_cggm.files import atomic_path
 from monai_cggm.handlers.checkpoint import unwrapped
 
@@ -165,7 +166,7 @@ class GradientRecorder:
         batch = len(label)
         if self._present is not None:
             rows = self._present[:, modality].nonzero().squeeze(1).to(label.device)
-            image, label = image[rows], label[rows]
+            image, label = rows_of(image, rows), label[rows]
         # batch norm may not take a single sample where the whole batch has more
         if len(label) < min(2, batch):
             gradient = torch.zeros(method.head.weight.numel(), device=label.device)
@@ -181,7 +182,7 @@ class GradientRecorder:
         return np.sort(np.random.default_rng(0).choice(size, self.max_dimensions, replace=False))
 
 
-def _alone(engine: SupervisedTrainer, method: UnimodalObserver, modality: str, image: Tensor, label: Tensor) -> Tensor:
+def _alone(engine: SupervisedTrainer, method: UnimodalObserver, modality: str, image: Inputs, label: Tensor) -> Tensor:
     network = unwrapped(method.network)
     device = label.device
     # batch norm writes its running statistics into these
@@ -193,7 +194,7 @@ def _alone(engine: SupervisedTrainer, method: UnimodalObserver, modality: str, i
         torch.autocast(device.type, enabled=False),
         torch.enable_grad(),
     ):
-        prediction = engine.inferer(image, lambda x: functional_call(network, buffers, (x,)))
+        prediction = engine.inferer(cast(Any, image), lambda x: functional_call(network, buffers, (x,)))
         loss = engine.loss_function(prediction, label).mean()
         (gradient,) = torch.autograd.grad(loss, method.head.weight)
     return gradient.detach().flatten()
@@ -215,8 +216,8 @@ def _only(encoders: Mapping[str, torch.nn.Module], modality: str) -> Iterator[No
 
 
 def _features(output: Any, *, keep: bool) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach() if keep else torch.zeros_like(output)
+    if isinstance(output, Tensor):  # a mask of padding says the same of zeros
+        return output.detach() if keep or not output.is_floating_point() else torch.zeros_like(output)
     if isinstance(output, Mapping):
         return {key: _features(value, keep=keep) for key, value in output.items()}
     return type(output)(_features(value, keep=keep) for value in output)

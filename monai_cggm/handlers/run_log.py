@@ -32,6 +32,9 @@ TRAIN_LOSS = "train/loss"
 EPOCH_LOSS = "train/epoch_loss"
 BALANCE_LINE = "balance/mean"
 
+#: scores of a segmentation's validation
+DICE = ("dice_WT", "dice_TC", "dice_ET", "dice_mean")
+
 _CHARTS = {
     "epsilon": "ε of each modality's classifier",
     "balance": "balance term B",
@@ -61,7 +64,9 @@ class RunLog:
     Args:
         run_dir: the run's folder; TensorBoard's event files lie in it.
         validator: the evaluator that validates, for its metrics; None if there is none.
-        modalities: names of the modalities, for charts of the classifiers' validation Dice.
+        modalities: names of the modalities, for charts of the classifiers' validation scores.
+        scores: the validation's scores that have charts; under *HParams* those of the fusion.
+        score_name: what the charts of scores are called.
         optimizer: for learning rates; default: the trainer's. Groups are called by their ``name``.
         balance_line: the mean that balance terms must have, ρ(M−1)/M, drawn among them where there are any.
 
@@ -80,12 +85,16 @@ class RunLog:
         *,
         validator: Evaluator | None = None,
         modalities: Sequence[str] = (),
+        scores: Sequence[str] = DICE,
+        score_name: str = "Dice",
         optimizer: Optimizer | None = None,
         balance_line: float | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.validator = validator
         self.modalities = tuple(modalities)
+        self.scores = tuple(scores)
+        self.score_name = score_name
         self.optimizer = optimizer
         self.balance_line = balance_line
         self.writer: SummaryWriter | None = None
@@ -132,7 +141,7 @@ class RunLog:
                 self.writer.add_scalar(tag, value, engine.state.iteration)
         if not self._charts_written:
             self._charts_written = True
-            self.writer.add_custom_scalars(chart_layout(row, self.modalities))
+            self.writer.add_custom_scalars(chart_layout(row, self.modalities, self.scores, self.score_name))
         if engine.state.iteration == 1:
             self._draw_balance_line(self.writer, row, engine.state.iteration)
 
@@ -182,7 +191,7 @@ class RunLog:
         text = path.read_text(encoding="utf-8")
         writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
         values = hyperparameters(yaml.safe_load(text) or {})
-        metrics = {f"validation/fusion_dice_{region}": 0.0 for region in ("WT", "TC", "ET", "mean")}
+        metrics = {f"validation/fusion_{score}": 0.0 for score in self.scores}
         # SummaryWriter.add_hparams would open a second writer, and a run of its own in TensorBoard
         experiment, session, _ = hparams(values, metrics)
         _add_summaries(writer, experiment, session)
@@ -296,12 +305,16 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, float | str]:
     return values
 
 
-def chart_layout(tags: Iterable[str], modalities: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+def chart_layout(
+    tags: Iterable[str], modalities: Sequence[str], scores: Sequence[str] = DICE, score_name: str = "Dice"
+) -> dict[str, dict[str, list[Any]]]:
     """Lay out TensorBoard's Custom Scalars: one chart a quantity, one curve a modality.
 
     Args:
         tags: what each iteration logs; quantities that are not among them get no chart.
         modalities: names of the modalities.
+        scores: the validation's scores.
+        score_name: what their charts are called.
 
     Returns:
         What ``SummaryWriter.add_custom_scalars`` takes. Tags in it are regular expressions.
@@ -309,13 +322,14 @@ def chart_layout(tags: Iterable[str], modalities: Sequence[str]) -> dict[str, di
     tags = list(tags)
     layout = {
         "Loss": {"loss": _lines([EPOCH_LOSS, "validation/loss"]), "learning rate": ["Multiline", ["learning_rate/.+"]]},
-        "Validation Dice": {"fusion": _lines([f"validation/fusion_dice_{r}" for r in ("WT", "TC", "ET", "mean")])},
+        f"Validation {score_name}": {"fusion": _lines([f"validation/fusion_{score}" for score in scores])},
     }
     if any(tag.startswith("epsilon/") for tag in tags):
-        for region in ("mean", "WT", "TC", "ET"):
-            predictors = ["fusion", *modalities]
-            chart = _lines([f"validation/{predictor}_dice_{region}" for predictor in predictors])
-            layout["Validation Dice"][f"fusion and each modality's classifier, {region}"] = chart
+        # the last one sums the others up
+        for score in (scores[-1], *scores[:-1]):
+            chart = _lines([f"validation/{predictor}_{score}" for predictor in ("fusion", *modalities)])
+            title = f"fusion and each modality's classifier, {score.removeprefix('dice_')}"
+            layout[f"Validation {score_name}"][title] = chart
     charts = {}
     for group, title in _CHARTS.items():
         curves = [tag for tag in tags if tag.startswith(f"{group}/")]

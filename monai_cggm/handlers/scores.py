@@ -16,6 +16,7 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from monai.data import MetaTensor
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -131,7 +132,7 @@ class RegionScores(Metric):
 
     def compute(self) -> float:
         """Return the fusion's mean Dice over the regions and the cases of all processes."""
-        self._all_rows = self._gathered()
+        self._all_rows = gathered_rows(self._rows)
         if not self._all_rows:
             raise NotComputableError("RegionScores scored no case")
         return nan_mean([row["dice_mean"] for row in self._all_rows if row["predictor"] == FUSION])
@@ -172,26 +173,6 @@ class RegionScores(Metric):
         affine = labels.affine
         affine = (affine[index] if affine.ndim == 3 else affine).double()
         return tuple(torch.linalg.vector_norm(affine[:-1, : labels.ndim - 2], dim=0).tolist())
-
-    def _gathered(self) -> list[Row]:
-        """The rows of all processes, each case once, in an order that does not depend on who scored what."""
-        per_rank: Any = idist.all_gather(self._rows) if idist.get_world_size() > 1 else [self._rows]
-        rows: dict[tuple[str, str], Row] = {}
-        repeated = set()
-        for row in (row for rank_rows in per_rank for row in rank_rows):
-            key = (row["case"], row["predictor"])
-            if key in rows:
-                repeated.add(row["case"])
-            rows.setdefault(key, row)
-        if repeated and idist.get_rank() == 0:
-            logger.warning(
-                "%d case(s) were scored by more than one process, as a sampler that pads its last round does, "
-                "and count once: %s",
-                len(repeated),
-                ", ".join(sorted(repeated)),
-            )
-        # A stable sort: the predictors of a case stay in their order.
-        return sorted(rows.values(), key=lambda row: row["case"])
 
     def _means(self) -> dict[str, float]:
         means = {}
@@ -257,6 +238,31 @@ class ScoresWriter:
             console.print(_table(summary, cases["case"].nunique()))
 
 
+def gathered_rows(own: Sequence[Row]) -> list[Row]:
+    """Return the rows of all processes, each case and predictor once, in an order that does not depend on who did what.
+
+    Args:
+        own: this process's rows, with ``case`` and ``predictor``.
+    """
+    per_rank: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
+    rows: dict[tuple[str, str], Row] = {}
+    repeated = set()
+    for row in (row for rank_rows in per_rank for row in rank_rows):
+        key = (row["case"], row["predictor"])
+        if key in rows:
+            repeated.add(row["case"])
+        rows.setdefault(key, row)
+    if repeated and idist.get_rank() == 0:
+        logger.warning(
+            "%d case(s) were scored by more than one process, as a sampler that pads its last round does, "
+            "and count once: %s",
+            len(repeated),
+            ", ".join(sorted(repeated)),
+        )
+    # A stable sort: the predictors of a case stay in their order.
+    return sorted(rows.values(), key=lambda row: row["case"])
+
+
 def _class_map(logits: Tensor, label: Tensor) -> Tensor:
     logits = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
     if torch.isnan(logits).any():
@@ -298,5 +304,5 @@ def _table(summary: pd.DataFrame, cases: int) -> Table:
     for predictor, row in means.iterrows():
         texts = [f"{row[score]:.3f}" for score in dice]
         texts += ["" if pd.isna(row[score]) else f"{row[score]:.1f}" for score in hd95]
-        table.add_row(str(predictor), *texts)
+        table.add_row(escape(str(predictor)), *texts)  # fusion[flair] is no markup
     return table

@@ -205,6 +205,16 @@ def test_joint_training_has_no_empty_charts():
     assert set(layout["Validation Dice"]) == {"fusion"}
 
 
+def test_scores_of_another_task_have_charts_of_their_own():
+    layout = chart_layout(["epsilon/audio"], ["audio", "text"], ["f1", "accuracy"], "scores")
+    charts = layout["Validation scores"]
+    assert charts["fusion"] == ["Multiline", ["validation/fusion_f1$", "validation/fusion_accuracy$"]]
+    predictors = ("fusion", "audio", "text")
+    expected = [f"validation/{predictor}_accuracy$" for predictor in predictors]
+    assert charts["fusion and each modality's classifier, accuracy"] == ["Multiline", expected]
+    assert "Validation Dice" not in layout
+
+
 def test_a_run_without_method_and_validation(tmp_path):
     train(tmp_path, method=Method(lambda iteration: {}), interval=100)
     assert list(table(tmp_path / "iterations.csv")[0]) == [

@@ -307,6 +307,16 @@ def test_two_processes_give_what_one_gives(tmp_path):
 # --- files and table
 
 
+def test_a_subset_keeps_its_name_in_the_table(tmp_path, capsys):
+    """What stands in brackets could be taken for a mark-up of the terminal's."""
+    engine = Engine(lambda *_: None)
+    row = {"case": "a", "convention": "brats_legacy", "dice_WT": 0.9, "dice_mean": 0.9}
+    engine.state.metric_details = {"cases": [{**row, "predictor": p} for p in ("fusion", "fusion[flair]")]}
+    ScoresWriter(tmp_path).attach(engine)
+    engine.run([0])
+    assert "fusion[flair]" in capsys.readouterr().out
+
+
 def test_files_and_table(tmp_path, capsys):
     items = make_cases(4)
     state = evaluate(items, RegionScores(hd95=True), handlers=[ScoresWriter(tmp_path / "scores")])

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature tables and sequences: what is read, and what is refused."""
+
+import json
+import logging
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.io import savemat
+
+from monai_cggm.data.features import (
+    Description,
+    FeatureDataset,
+    PresenceBatches,
+    collate_features,
+    feature_statistics,
+    load_features,
+    modalities_in,
+    split_features,
+)
+from monai_cggm.errors import DataError
+
+RNG = np.random.default_rng(0)
+A, B = RNG.normal(size=(8, 3)).astype(np.float32), RNG.normal(size=(8, 5)).astype(np.float32)
+LABELS = np.array([3, 1, 2, 1, 3, 2, 1, 3])
+
+
+def write(folder, name, values, kind):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.{kind}"
+    if kind == "csv":
+        pd.DataFrame(values).to_csv(path, index=False, header=False)
+    elif kind == "npy":
+        np.save(path, values)
+    elif kind == "npz":
+        np.savez(path, **{name: values})
+    else:
+        savemat(path, {name: values})
+    return path
+
+
+def problems(source, *args, **kwargs):
+    with pytest.raises(DataError) as caught:
+        load_features(source, *args, **kwargs)
+    return caught.value.problems
+
+
+def check(samples, names=("a", "b")):
+    assert samples.description.modalities == names
+    assert samples.description.sizes == {"a": 3, "b": 5}
+    assert samples.description.classes == ("1", "2", "3")
+    assert [s["label"] for s in samples] == (LABELS - 1).tolist()
+    for key, values in (("a", A), ("b", B)):
+        np.testing.assert_allclose(np.stack([s[key] for s in samples]), values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["csv", "npy", "npz", "mat"])
+def test_a_folder_with_a_file_each(kind, tmp_path):
+    for name, values in (("b", B), ("a", A), ("labels", LABELS)):
+        write(tmp_path, name, values, kind)
+    samples = load_features(tmp_path)
+    check(samples)
+    assert [s["case"] for s in samples] == [f"row_{i}" for i in range(1, 9)]
+    check(load_features(tmp_path, ["b", "a"]), names=("b", "a"))
+    assert modalities_in(tmp_path) == ["a", "b"]
+
+
+def test_kinds_may_be_mixed(tmp_path):
+    write(tmp_path, "a", A, "npy")
+    write(tmp_path, "b", B.T, "mat")  # a column a sample
+    write(tmp_path, "labels", LABELS, "csv")
+    check(load_features(tmp_path))
+
+
+@pytest.mark.parametrize("label", ["labels", "y", "gt", "Target"])
+def test_one_file_with_a_key_each(label, tmp_path):
+    np.savez(tmp_path / "all.npz", a=A, b=B, **{label: LABELS})
+    check(load_features(tmp_path / "all.npz"))
+    savemat(tmp_path / "all.mat", {"a": A, "b": B.T, label: LABELS[:, None]})
+    check(load_features(tmp_path / "all.mat"))
+
+
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (True, True)])
+def test_a_cell_of_views_is_turned_by_the_number_of_labels(turned, tmp_path):
+    cell = np.empty((1, 2), dtype=object)
+    cell[0, 0], cell[0, 1] = (v.T if t else v for v, t in zip((A, B), turned, strict=True))
+    savemat(tmp_path / "views.mat", {"X": cell, "Y": LABELS[:, None]})
+    samples = load_features(tmp_path / "views.mat")
+    assert samples.description.modalities == ("view1", "view2")
+    np.testing.assert_allclose(np.stack([s["view2"] for s in samples]), B)
+    check(load_features(tmp_path / "views.mat", ["a", "b"]))
+    assert load_features(tmp_path / "views.mat", ["view2"]).description.sizes == {"view2": 5}
+
+
+def test_names_that_end_in_a_part_give_a_split(tmp_path):
+    parts = {f"{k}_{p}": v[s] for k, v in (("a", A), ("b", B), ("gt", LABELS[:, None])) for p, s in
+             (("test", slice(5, 8)), ("train", slice(0, 5)))}  # fmt: skip
+    savemat(tmp_path / "digits.mat", parts)
+    samples = load_features(tmp_path / "digits.mat")
+    check(samples)
+    assert [s["case"] for s in samples] == [f"train_{i}" for i in range(1, 6)] + [f"test_{i}" for i in range(6, 9)]
+    split = split_features(samples, seed=1)
+    assert [s["case"] for s in split["test"]] == ["test_6", "test_7", "test_8"]
+    assert len(split["validation"]) == 1
+    assert {s["part"] for s in split["validation"]} == {"train"}
+    drawn = split_features(samples, source="draw", seed=1)
+    assert {s["part"] for s in drawn["train"]} == {"train", "test"}
+    sized = split_features(samples, sizes=(4, 2, 2))
+    assert [len(sized[p]) for p in ("train", "validation", "test")] == [4, 2, 2]
+    savemat(tmp_path / "less.mat", {k: v for k, v in parts.items() if k != "b_test"})
+    (problem,) = problems(tmp_path / "less.mat")
+    assert problem.startswith("b: there is no test part")
+    savemat(tmp_path / "other.mat", parts | {"b_test": np.zeros((2, 5))})
+    (problem,) = problems(tmp_path / "other.mat")
+    assert problem.startswith("b: 2 rows in the test part, expected 3")
+
+
+def test_csv_files_are_matched_by_id(tmp_path):
+    ids = [f"s{i}" for i in range(8)]
+    table = pd.DataFrame(A, columns=["x", "y", "z"]).assign(id=ids)
+    table.to_csv(tmp_path / "a.csv", index=False)
+    order = RNG.permutation(8)
+    pd.DataFrame(B).assign(ID=ids).iloc[order].to_csv(tmp_path / "b.csv", index=False)
+    labels = pd.DataFrame({"id": ids, "label": LABELS, "group": [f"g{i // 2}" for i in range(8)]})
+    labels.iloc[order[::-1]].to_csv(tmp_path / "labels.csv", index=False)
+    samples = load_features(tmp_path)
+    check(samples)
+    assert [s["case"] for s in samples] == ids
+    assert [s["patient"] for s in samples] == [f"g{i // 2}" for i in range(8)]
+    split = split_features(samples, fractions=(0.5, 0.25, 0.25))
+    for part, items in split.items():
+        others = {s["patient"] for p, rest in split.items() if p != part for s in rest}
+        assert not others & {s["patient"] for s in items}
+
+    labels.iloc[1:].assign(id=[*ids[2:], "new"]).to_csv(tmp_path / "labels.csv", index=False)
+    found = problems(tmp_path)
+    assert any("label: lacks 2 IDs, the first is 's0'" in p and "labels.csv" in p for p in found)
+    assert any("label: has unknown 1 IDs, the first is 'new'" in p for p in found)
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    pd.DataFrame(A).assign(id=["s"] * 8).to_csv(tmp_path / "a.csv", index=False)
+    write(tmp_path, "labels", LABELS, "csv")
+    assert problems(tmp_path) == [f"ID 's' is there more than once ({tmp_path / 'a.csv'})"]
+
+
+def test_a_split_column_of_the_labels(tmp_path):
+    write(tmp_path, "a", A, "csv")
+    words = ["train"] * 4 + ["dev"] * 2 + ["Test"] * 2
+    pd.DataFrame({"label": LABELS, "split": words}).to_csv(tmp_path / "labels.csv", index=False)
+    split = split_features(load_features(tmp_path), source="file")
+    assert [len(split[p]) for p in ("train", "validation", "test")] == [4, 2, 2]
+    pd.DataFrame({"label": LABELS, "split": ["train"] * 7 + ["exam"]}).to_csv(tmp_path / "labels.csv", index=False)
+    assert "split: 'exam' in row 8, expected train, validation or test" in problems(tmp_path)[0]
+    groups = [f"g{i}" for i in range(7)] + ["g0"]
+    pd.DataFrame({"label": LABELS, "split": words, "group": groups}).to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(DataError, match="patient g0 is in both train and test"):
+        split_features(load_features(tmp_path))
+
+
+def test_a_split_that_is_absent(tmp_path):
+    np.savez(tmp_path / "all.npz", a=A, y=LABELS)
+    samples = load_features(tmp_path / "all.npz")
+    with pytest.raises(DataError, match="come with no split"):
+        split_features(samples, source="file")
+    with pytest.raises(ValueError, match="source must be"):
+        split_features(samples, source="elsewhere")
+    ids = {part: [s["case"] for s in items] for part, items in split_features(samples, seed=3).items()}
+    once_more = split_features(load_features(tmp_path / "all.npz"), seed=3)
+    assert {part: [s["case"] for s in items] for part, items in once_more.items()} == ids
+    (tmp_path / "split.json").write_text(json.dumps(ids))
+    again = split_features(samples, seed=4, split_file=tmp_path / "split.json")
+    assert {part: [s["case"] for s in items] for part, items in again.items()} == ids
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "targets"),
+    [
+        (np.array([0, 1, 1, 0]), ("0", "1"), [0, 1, 1, 0]),
+        (np.array([2.0, 10.0, 10.0, 2.0]), ("2", "10"), [0, 1, 1, 0]),
+        (np.array(["10", "9", "9", "10"]), ("9", "10"), [1, 0, 0, 1]),
+        (np.array(["sad", "calm", "calm", "sad"]), ("calm", "sad"), [1, 0, 0, 1]),
+        (np.array([True, False, False, True]), ("0", "1"), [1, 0, 0, 1]),
+    ],
+)
+def test_classes_are_numbered_in_their_order_and_told(labels, classes, targets, tmp_path, caplog):
+    np.savez(tmp_path / "all.npz", a=A[:4], labels=labels)
+    with caplog.at_level(logging.INFO):
+        samples = load_features(tmp_path / "all.npz")
+    assert samples.description.classes == classes
+    assert [s["label"] for s in samples] == targets
+    assert f"0 = {classes[0]}, 1 = {classes[1]}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "kwargs", "message"),
+    [
+        ([1, 2, np.nan, 1], {}, "labels: row 3 (row_3) is 'nan', expected a whole number or a word"),
+        ([1, 2, 1.5, 1], {}, "labels: row 3 (row_3) is '1.5', expected a whole number"),
+        ([1, 1, 1, 1], {}, "one class only, '1'"),
+        (["a", "b", "", "a"], {}, "labels: row 3 (row_3) is '', expected a class"),
+        ([1, 2, 3, 1], {"classes": ("1", "2")}, "labels: row 3 (row_3) is '3', expected one of the 2 classes 1, 2"),
+        ([1, 2, np.inf, 1], {"task": "regression"}, "labels: row 3 (row_3) is 'inf', expected a finite number"),
+        (["1", "2", "x", "1"], {"task": "regression"}, "labels: row 3 (row_3) is 'x', expected a number"),
+    ],
+)
+def test_labels_out_of_range(labels, kwargs, message, tmp_path):
+    np.savez(tmp_path / "all.npz", a=A[:4], labels=np.array(labels))
+    (problem,) = problems(tmp_path / "all.npz", **kwargs)
+    assert message in problem
+    assert "all.npz" in problem
+
+
+def test_regression_keeps_numbers(tmp_path):
+    np.savez(tmp_path / "all.npz", a=A, labels=LABELS - 1.5)
+    samples = load_features(tmp_path / "all.npz", task="regression")
+    assert [s["label"] for s in samples] == (LABELS - 1.5).tolist()
+    assert samples.description.outputs == 1
+    item = FeatureDataset(samples, samples.description)[0]
+    assert item["label"].tolist() == [1.5]
+    with pytest.raises(ValueError, match="task must be one of"):
+        load_features(tmp_path / "all.npz", task="ranking")
+
+
+def test_what_is_missing_or_too_short_is_named(tmp_path):
+    (problem,) = problems(tmp_path / "nowhere")
+    assert "neither a file nor a folder" in problem
+    (tmp_path / "empty").mkdir()
+    assert "has no file that ends in" in problems(tmp_path / "empty")[0]
+    np.savez(tmp_path / "all.npz", a=A, b=B[:7], labels=LABELS)
+    (problem,) = problems(tmp_path / "all.npz")
+    assert problem == f"modality b: 7 rows, expected 8 ({tmp_path / 'all.npz'}, b)"
+    assert "modality c: not found" in problems(tmp_path / "all.npz", ["a", "c"])[0]
+    assert "which has a, b" in problems(tmp_path / "all.npz", ["a", "c"])[0]
+    np.savez(tmp_path / "none.npz", a=A)
+    assert "has no labels" in problems(tmp_path / "none.npz")[0]
+    assert "label" not in load_features(tmp_path / "none.npz", need_label=False)[0]
+    np.savez(tmp_path / "case.npz", case=A, labels=LABELS)
+    assert "means something else" in problems(tmp_path / "case.npz")[0]
+    (tmp_path / "words.txt").write_text("")
+    assert "expected a folder with a file a modality" in problems(tmp_path / "words.txt")[0]
+
+
+def test_every_bad_file_of_a_folder_is_named_at_once(tmp_path):
+    write(tmp_path, "labels", LABELS, "csv")
+    (tmp_path / "a.csv").write_text("1,2\n3,x\n")
+    (tmp_path / "b.csv").write_text("1,2\n3\n")
+    (tmp_path / "c.npy").write_bytes(b"nothing")
+    (tmp_path / "d.csv").write_text("")
+    found = problems(tmp_path)
+    assert len(found) == 4
+    for name in ("a", "b", "c", "d"):
+        assert any(p.startswith(f"{name}:") and str(tmp_path / name) in p for p in found), (name, found)
+    assert any("'x' in row 2, column 1, is no number" in p or "'x' in row 1" in p for p in found)
+
+
+def test_no_file_runs_code(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return (ran.write_text, ("",))
+
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.save(file, np.array([Payload()], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npy").write_bytes(pickle.dumps(Payload()))
+    np.savez(tmp_path / "c.npz", c=np.array([Payload()], dtype=object))
+    assert len(problems(tmp_path)) == 3
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none_are_counted(value, tmp_path):
+    bad = B.copy()
+    bad[2, 1] = bad[5, 0] = value
+    np.savez(tmp_path / "all.npz", a=A, b=bad, labels=LABELS)
+    for allow_missing in (False, True):
+        (problem,) = problems(tmp_path / "all.npz", allow_missing=allow_missing)
+        assert "modality b: 2 rows with NaN, infinite or no values, the first is row 3 (row_3)" in problem
+
+
+def test_a_row_of_nan_is_a_missing_modality_where_that_is_allowed(tmp_path):
+    less = B.copy()
+    less[2] = less[5] = np.nan
+    np.savez(tmp_path / "all.npz", a=A, b=less, labels=LABELS)
+    assert "allow_missing" in problems(tmp_path / "all.npz")[0]
+    samples = load_features(tmp_path / "all.npz", allow_missing=True)
+    dataset = FeatureDataset(samples, samples.description)
+    assert [p[1] for p in dataset.present()] == [i not in (2, 5) for i in range(8)]
+    assert dataset[2]["image"]["b"].tolist() == [0.0] * 5
+    assert dataset[(7, 2)]["present"].tolist() == [True, False]
+    mean, std = feature_statistics(samples, ["b"])["b"]
+    kept = np.delete(B, [2, 5], axis=0).astype(np.float64)
+    np.testing.assert_allclose(mean, kept.mean(axis=0))
+    np.testing.assert_allclose(std, kept.std(axis=0))
+    none = A.copy()
+    none[2] = np.nan
+    np.savez(tmp_path / "none.npz", a=none, b=less, labels=LABELS)
+    assert problems(tmp_path / "none.npz", allow_missing=True) == ["row 3 (row_3) has none of the modalities a, b"]
+
+
+def test_sequences_and_their_lengths(tmp_path):
+    text = RNG.normal(size=(8, 6, 2)).astype(np.float32)
+    lengths = np.array([6, 1, 3, 2, 6, 4, 5, 2])
+    text[1, 1:] = np.nan  # beyond its length
+    np.savez(tmp_path / "all.npz", a=A, text=text, text_lengths=lengths, labels=LABELS)
+    samples = load_features(tmp_path / "all.npz")
+    assert samples.description.modalities == ("a", "text")
+    assert [len(s["text"]) for s in samples] == lengths.tolist()
+    dataset = FeatureDataset(samples, samples.description)
+    batch = collate_features([dataset[i] for i in (1, 2, 3)])
+    assert batch["image"]["text"].shape == (3, 3, 2)
+    assert batch["image"]["text_padding"].tolist() == [[False, True, True], [False] * 3, [False, False, True]]
+    assert "a_padding" not in batch["image"]
+    np.testing.assert_array_equal(batch["image"]["text"][1], text[2, :3])
+    assert batch["index"].tolist() == [1, 2, 3]
+    assert batch["label"].tolist() == (LABELS[1:4] - 1).tolist()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    np.savez(folder / "text.npz", text=text, lengths=lengths, ids=[f"s{i}" for i in range(8)])
+    pd.DataFrame({"id": [f"s{i}" for i in range(8)][::-1], "label": LABELS[::-1]}).to_csv(folder / "labels.csv")
+    (folder / "labels.csv").write_text((folder / "labels.csv").read_text().replace(",id", "row,id"))
+    assert "expected one column of values" in problems(folder)[0]
+    pd.DataFrame({"id": [f"s{i}" for i in range(8)][::-1], "label": LABELS[::-1]}).to_csv(
+        folder / "labels.csv", index=False
+    )
+    again = load_features(folder)
+    assert [len(s["text"]) for s in again] == lengths.tolist()
+    assert [s["label"] for s in again] == [s["label"] for s in samples]
+    np.savez(tmp_path / "long.npz", text=text, text_lengths=lengths + 1, labels=LABELS)
+    assert "length 7 in row 1, expected 0 to 6" in problems(tmp_path / "long.npz")[0]
+
+
+@pytest.mark.parametrize("values", [np.array(["x"] * 8), np.zeros((8, 2, 2, 2))])
+def test_what_is_no_table_is_refused(values, tmp_path):
+    np.savez(tmp_path / "all.npz", a=A, b=values, labels=LABELS)
+    assert "modality b: holds" in problems(tmp_path / "all.npz")[0]
+
+
+def test_a_number_that_never_changes_is_not_divided_by_nothing():
+    samples = [{"a": np.array([0.1, i], dtype=np.float32)} for i in range(5)]
+    mean, std = feature_statistics(samples, ["a"])["a"]
+    np.testing.assert_allclose(std, [1.0, np.sqrt(2)])
+    np.testing.assert_allclose(mean, [np.float32(0.1), 2.0])
+    with pytest.raises(DataError, match="modality b: no training sample has it"):
+        feature_statistics(samples, ["b"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_batches_of_one_kind_cover_every_sample_once(processes):
+    description = Description("classification", ("a", "b"), {"a": 1, "b": 1}, ("0", "1"))
+    kinds = [("a", "b"), ("a",), ("b",), ("a", "b"), ("a",), ("a", "b"), ("a", "b")]
+    dataset = FeatureDataset([{m: np.zeros(1) for m in kind} for kind in kinds], description)
+    ranks = [PresenceBatches(dataset, 2, num_replicas=processes, rank=r) for r in range(processes)]
+    batches = [batch for rank in ranks for batch in rank]
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(len({kinds[i] for i in batch}) == 1 and len(batch) <= 2 for batch in batches)
+    assert sum(map(len, ranks)) == len(batches)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        PresenceBatches(dataset, 0)
+
+
+def test_a_description_is_written_and_read(tmp_path):
+    one = Description("classification", ("a", "b"), {"a": 3, "b": 5}, ("no", "ä"))
+    one.write(tmp_path)
+    assert Description.read(tmp_path / "model.pt") == one == Description.read(tmp_path / "data.json")
+    with pytest.raises(DataError, match="expected what a training run wrote there"):
+        Description.read(tmp_path / "elsewhere" / "model.pt")
+    with pytest.raises(DataError, match="has no sample"):
+        FeatureDataset([], one)
+
+
+@pytest.mark.real_data
+def test_the_digits(real_data):
+    samples = load_features(real_data / "multiview/handwritten_6views.mat")
+    assert samples.description.sizes == {"x1": 240, "x2": 76, "x3": 216, "x4": 47, "x5": 64, "x6": 6}
+    assert samples.description.classes == tuple(map(str, range(1, 11)))
+    assert torch.tensor([s["label"] for s in samples]).bincount().tolist() == [200] * 10
+    assert [len(v) for v in split_features(samples).values()] == [1318, 282, 400]
