@@ -16,6 +16,9 @@ PRESENT = "present"
 #: the batch's key for those that the network may use in this step: :class:`monai_cggm.methods.ModalityDropout`
 FUSED = "fused"
 
+#: ending of the key under which a dict of modalities has the mask of one's padding, boolean ``(B, T)``
+PADDING = "_padding"
+
 #: what a network is given: an image ``(B, M, *S)``, or one tensor a modality by its name (and padding masks, say)
 Inputs = Tensor | Mapping[str, Tensor]
 

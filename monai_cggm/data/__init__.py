@@ -4,6 +4,16 @@
 from __future__ import annotations
 
 from monai_cggm.data.checks import CaseReport, check_case, header_problems, load_cases
+from monai_cggm.data.features import (
+    Description,
+    FeatureDataset,
+    PresenceBatches,
+    collate_features,
+    feature_statistics,
+    load_features,
+    modalities_in,
+    split_features,
+)
 from monai_cggm.data.labels import CONVENTIONS, LabelConvention, convention_for, to_classes, to_labels
 from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
 from monai_cggm.data.phantom import write_phantoms
@@ -15,20 +25,28 @@ __all__ = [
     "CONVENTIONS",
     "Case",
     "CaseReport",
+    "Description",
     "EpochSampler",
+    "FeatureDataset",
     "LabelConvention",
+    "PresenceBatches",
     "SliceDataset",
     "cached_volumes",
     "check_case",
     "check_plan",
+    "collate_features",
     "convention_for",
+    "feature_statistics",
     "find_cases",
     "fold_splits",
     "header_problems",
     "is_safe_id",
     "load_cases",
+    "load_features",
+    "modalities_in",
     "patient_of",
     "split_cases",
+    "split_features",
     "to_classes",
     "to_labels",
     "write_phantoms",

@@ -17,7 +17,7 @@ from monai.utils import CommonKeys
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from monai_cggm.batches import FUSED, PRESENT
+from monai_cggm.batches import FUSED, PADDING, PRESENT
 from monai_cggm.data.splits import Split, check_patients, split_cases
 from monai_cggm.data.tables import (
     GROUPS,
@@ -33,7 +33,6 @@ from monai_cggm.data.tables import (
 )
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
-from monai_cggm.networks.sequence import PADDING
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from monai_cggm.handlers.clip import ClipGradients, unscale_once
 from monai_cggm.handlers.gradients import GradientRecorder
 from monai_cggm.handlers.images import ValidationImages
 from monai_cggm.handlers.in_order import InOrder
+from monai_cggm.handlers.predictions import PredictionScores, PredictionScoresWriter, PredictionsWriter
 from monai_cggm.handlers.progress import Progress
 from monai_cggm.handlers.resources import Resources
 from monai_cggm.handlers.run_info import RunInfo, write_run_info
@@ -20,6 +21,9 @@ __all__ = [
     "EpochSeed",
     "GradientRecorder",
     "InOrder",
+    "PredictionScores",
+    "PredictionScoresWriter",
+    "PredictionsWriter",
     "Progress",
     "RegionScores",
     "Resources",

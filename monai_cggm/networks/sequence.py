@@ -10,9 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-#: ending of the key under which a batch has a modality's mask of padding
-PADDING = "_padding"
-
 #: a sequence ``(B, T, D)`` and its padding ``(B, T)``, True where a position is filled up and means nothing
 Padded = tuple[Tensor, Tensor]
 
@@ -263,7 +260,7 @@ class MultimodalTransformer(nn.Module):
                 unfit = seen.view(-1, 1, 1).logical_not() & values.isfinite().logical_not()
                 values = values.masked_fill(unfit, 0.0)
             padding = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
-            if name + "_padding" in x:
+            if name + "_padding" in x:  # monai_cggm.batches.PADDING, written out for TorchScript
                 padding = x[name + "_padding"]
             outputs[name] = encoder((values, padding))
         return outputs
