@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from monai_cggm.analysis.measures import DICE, is_dice, measure_of, score_columns
 from monai_cggm.errors import DataError
 
 #: Name of the network's own prediction among the predictors; the others are the modalities' classifiers.
@@ -42,12 +43,13 @@ FACTS = (
     "versions",
 )
 
-_NEEDED = ("arm", "split", "seed", "status", "error", "modalities", "convention")
+_NEEDED = ("arm", "split", "seed", "status", "error", "modalities")
 
 #: Columns that name a cell.
 CELL = ("arm", "split", "seed")
 
-#: Columns of scores.csv that name a row; the scores ``dice_<region>``, ``dice_mean`` and ``hd95_<region>`` follow.
+#: Columns of scores.csv that name a row; scores follow: ``dice_<region>``, ``dice_mean`` and ``hd95_<region>``, or
+#: those of another task (:mod:`monai_cggm.analysis.measures`).
 ROW = ("case", "part", "predictor", "subset")
 
 _STATES = ("done", "failed")
@@ -76,7 +78,7 @@ class Cells:
 
     Attributes:
         scores: the rows of the finished cells' scores.csv with the columns ``arm``, ``split``, ``seed`` before them;
-            Dice from 0 to 1, HD95 in mm, NaN where there is none.
+            Dice and accuracy from 0 to 1, HD95 in mm, NaN where there is none.
         facts: a row for each cell that finished or failed, with the keys of cell.json (:data:`FACTS`).
     """
 
@@ -118,13 +120,14 @@ def split_name(split: str) -> str:
     return PurePosixPath(split.replace("\\", "/")).stem
 
 
-def read_cells(folder: str | Path) -> Cells:
+def read_cells(folder: str | Path, *, score: str = DICE) -> Cells:
     """Read ``cells/<arm>/<split>-seed<seed>/`` of a comparison.
 
     A cell's folder counts once it has its cell.json, and is outstanding until then.
 
     Args:
         folder: the comparison's folder.
+        score: what arms are compared by, a column that every scores.csv must have.
 
     Raises:
         DataError: where the folder has no ``cells``, or a file does not fit; all such files are named at once.
@@ -147,15 +150,15 @@ def read_cells(folder: str | Path) -> Cells:
     problems: list[str] = []
     for path in sorted(root.glob("*/*/cell.json")):
         try:
-            cell = _read_facts(path)
+            cell = _read_facts(path, score)
             if cell["status"] == "done":
-                scores.append(_read_scores(path.with_name("scores.csv"), cell))
+                scores.append(_read_scores(path.with_name("scores.csv"), cell, score))
             facts.append(cell)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
-    columns = [*CELL, *ROW, "dice_mean"]
+    columns = [*CELL, *ROW, score]
     return Cells(
         scores=pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=columns),
         # As objects: otherwise pandas makes NaN, or a text of it, out of null.
@@ -168,19 +171,23 @@ def _keys(frame: pd.DataFrame) -> list[CellKey]:
 
 
 def _among(frame: pd.DataFrame, wanted: Set[CellKey]) -> pd.Series:
-    return pd.Series([key in wanted for key in _keys(frame)], index=frame.index, dtype=bool)
+    # cell by cell, not row by row: a table of scores may have a million rows of a hundred cells
+    of_row = frame.groupby(list(CELL), sort=False).ngroup()
+    there = _keys(frame[list(CELL)].drop_duplicates())
+    return of_row.isin([number for number, key in enumerate(there) if key in wanted])
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read_facts(path: Path, score: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError([f"{path}: cannot be read as JSON: {error}"]) from error
     if not isinstance(content, dict):
         raise DataError([f"{path}: found a {type(content).__name__}, expected an object with {', '.join(_NEEDED)}"])
-    missing = [key for key in _NEEDED if key not in content]
+    needed = [*_NEEDED, "convention"] if is_dice(score) else _NEEDED
+    missing = [key for key in needed if key not in content]
     if missing:
-        raise DataError([f"{path}: no {', '.join(missing)}, expected all of {', '.join(_NEEDED)}"])
+        raise DataError([f"{path}: no {', '.join(missing)}, expected all of {', '.join(needed)}"])
     expected = f"{path.parents[1].name}/{path.parent.name}"
     found = f"{content['arm']}/{content['split']}-seed{content['seed']}"
     if found != expected or not isinstance(content["seed"], int):
@@ -196,18 +203,18 @@ def _names(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
-def _read_scores(path: Path, cell: Mapping[str, Any]) -> pd.DataFrame:
+def _read_scores(path: Path, cell: Mapping[str, Any], score: str) -> pd.DataFrame:
     try:
         # As text first: a case may be called 001 or NA.
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError([f"{path}: cannot be read as a table: {error}"]) from error
-    missing = [column for column in (*ROW, "dice_mean") if column not in rows]
+    missing = [column for column in (*ROW, score) if column not in rows]
     if missing:
         raise DataError([f"{path}: no column {', '.join(missing)}, found {', '.join(rows.columns)}"])
-    numbers = [column for column in rows if column.startswith(("dice_", "hd95_"))]
+    numbers = score_columns(rows, score)
     for column in numbers:
-        rows[column] = _numbers(rows[column], path, most=1.0 if column.startswith("dice_") else None)
+        rows[column] = _numbers(rows[column], path, most=1.0 if measure_of(column).bounded else None)
     _check_rows(rows, path, cell)
     identity = pd.DataFrame({key: cell[key] for key in CELL}, index=rows.index)
     return pd.concat([identity, rows[[*ROW, *numbers]]], axis="columns")

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from monai_cggm.analysis.cells import CELL, FUSION, CellKey, Cells, split_name
+from monai_cggm.analysis.measures import DICE, is_dice, score_columns
 from monai_cggm.analysis.pages import one_line
 from monai_cggm.analysis.statistics import Interval, paired_bootstrap, paired_p, seed_mean, seed_means
 from monai_cggm.errors import DataError
@@ -51,7 +52,10 @@ _REQUIRED = ("reference", "seeds", "arms")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tables of a comparison. Dice runs from 0 to 1, HD95 is in mm, differences are in points (Dice × 100).
+    """The tables of a comparison.
+
+    "The score" is what the study compares arms by, mean Dice unless it says otherwise. It and its kind run from 0 to 1,
+    HD95 is in mm, and differences are in points (the score × 100).
 
     A score's column has the mean, its ``<column>_sd`` the spread over seeds; see
     :func:`monai_cggm.analysis.seed_mean`. Arms are in the study's order.
@@ -63,16 +67,17 @@ class Comparison:
         cells: those that the study plans, as far as they are there.
         outstanding: planned cells that have neither finished nor failed.
         outside: cells that are there and that the study does not plan; nothing else counts them.
-        full_set: arm; ``splits, seeds, cases``; Dice by region and their mean, HD95 by region, from all modalities.
-        subsets: arm; mean Dice over all subsets (``subsets``), over those that lack one modality (``missing_1``), two
-            …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
+        full_set: arm; ``splits, seeds, cases``; the scores (Dice by region and their mean, HD95 by region) from all
+            modalities.
+        subsets: arm; the mean score over all subsets (``subsets``), over those that lack one modality (``missing_1``),
+            two …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
             (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset is NaN.
         differences: arm minus another (``against``), by ``score`` (:data:`SCORES`): ``difference``, its 95 % interval
             ``low`` to ``high``, ``p``, and how many ``cases`` and ``seeds`` it rests on. ``role`` says what the other
             one is: ``reference``, or a control's roles, joined with "+". Only the ``cells`` (split and seed) that both
             arms have count; ``cells_left_out`` are those that one of them has alone. For the last three columns see
             :class:`monai_cggm.analysis.Interval`.
-        classifiers: arm and modality; Dice of that modality's classifier.
+        classifiers: arm and modality; the scores of that modality's classifier, without HD95.
         alone: the networks of one modality and their ensemble, as in ``full_set``.
         costs: arm; number of ``cells`` and means over them.
     """
@@ -125,12 +130,12 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
         cells: what was read from its folder.
         study: the study, with ``reference``, ``seeds``, ``arms`` (name → mapping, in which ``controls`` may hold roles
             and the arms that have them), and optionally ``splits``, ``modalities``, ``part`` (default: test),
-            ``convention``, ``key_modality`` and ``alone``.
+            ``score`` (default: mean Dice), ``convention``, ``key_modality`` and ``alone``.
 
     Raises:
-        DataError: where the study's reference or key modality is not there, controls have no roles, or cells cannot be
-            compared: other modalities, another convention, other cases of the same split, or no score of the study's
-            part.
+        DataError: where the study's reference, score or key modality is not there, controls have no roles, or cells
+            cannot be compared: other modalities, another convention, other cases of the same split, or no score of the
+            study's part.
 
     Example:
         >>> from monai_cggm.analysis.cells import FACTS, ROW
@@ -147,19 +152,18 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
     splits = tuple(split_name(str(split)) for split in study.get("splits") or sorted(set(cells.facts["split"])))
     planned = [CellKey(arm, split, int(seed)) for arm in arms for split in splits for seed in study["seeds"]]
     used = cells.only(planned)
-    part = str(study.get("part", "test"))
-    _check_cells(used, study, part)
+    part, score = str(study.get("part", "test")), score_of(study)
+    _check_cells(used, study, part, score)
     scores = used.scores[used.scores["part"] == part]
     full = scores[(scores["predictor"] == FUSION) & (scores["subset"] == _full_subset(scores, used.facts))]
     fused = [arm for arm in arms if not arm.startswith(ALONE)]
-    by_subset = _by_subset(scores, modalities)
+    by_subset = _by_subset(scores, score, modalities)
     by_subset = by_subset[by_subset.index.isin(fused, level="arm")]
     groups = subset_groups(modalities, study.get("key_modality"))
     subsets = _subsets_table(by_subset, fused, groups)
     by_score = _by_score(by_subset, groups, subsets)
-    columns = _score_columns(scores)
+    columns = _score_columns(scores, score)
     classifier_rows = scores[scores["predictor"] != FUSION].rename(columns={"predictor": "modality"})
-    dice = [column for column in columns if column.startswith("dice_")]
     return Comparison(
         arms=arms,
         splits=splits,
@@ -171,11 +175,24 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
         subsets=subsets,
         differences=_differences(by_score, _pairs(study, fused)),
         classifiers=_score_table(
-            classifier_rows, [(arm, m) for arm in own for m in modalities], ("arm", "modality"), dice
+            classifier_rows,
+            [(arm, m) for arm in own for m in modalities],
+            ("arm", "modality"),
+            [column for column in columns if not column.startswith("hd95_")],
         ),
         alone=_score_table(full, [(arm,) for arm in alone], ("arm",), columns),
         costs=_costs(used.facts, arms),
     )
+
+
+def score_of(study: Mapping[str, Any]) -> str:
+    """Return the column that a study compares arms by.
+
+    Example:
+        >>> score_of({}), score_of({"score": "accuracy"})
+        ('dice_mean', 'accuracy')
+    """
+    return str(study.get("score") or DICE)
 
 
 def controls_of(study: Mapping[str, Any], arm: str) -> dict[str, str]:
@@ -197,7 +214,7 @@ def controls_of(study: Mapping[str, Any], arm: str) -> dict[str, str]:
 def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
     """Say in plain words whether balancing helped, for each arm that names controls and for each of two scores.
 
-    The scores are the mean Dice over all subsets and that of the full set. An arm is better than another where the
+    The scores are the mean over all subsets and that of the full set. An arm is better than another where the
     interval of their difference is above zero, worse where it is below, and otherwise no difference is shown. Balancing
     helps where the arm is better than the reference *and* than every control, and where its controls have all the
     roles of :data:`BALANCE_CONTROLS`. Without one of these, something else than balancing may be what helped: the roles
@@ -251,7 +268,7 @@ def outcome(low: float, high: float) -> str:
 
 
 def points(value: float, *, sign: bool = False, digits: int = 1) -> str:
-    """Write a number of Dice points, never as a negative zero.
+    """Write a number of points, never as a negative zero.
 
     Example:
         >>> points(-0.04), points(21.32, sign=True)
@@ -399,15 +416,11 @@ def _alone_arms(cells: Cells, modalities: Sequence[str]) -> list[str]:
     return [*([ALONE + modality for modality in modalities] or seen), ENSEMBLE]
 
 
-def _check_cells(cells: Cells, study: Mapping[str, Any], part: str) -> None:
+def _check_cells(cells: Cells, study: Mapping[str, Any], part: str, score: str) -> None:
     """Raise where the finished cells of a study cannot be set side by side."""
-    facts = cells.facts[cells.facts["status"] == "done"]
-    expected = study.get("convention", next(iter(facts["convention"]), None))
-    problems = [
-        f"cell {CellKey(row.arm, row.split, row.seed)}: convention {row.convention!r}, expected {expected!r}"
-        for row in facts.itertuples()
-        if row.convention != expected
-    ]
+    if score not in cells.scores:
+        raise DataError([f"study: score {score!r}, which is no column of the cells' scores"])
+    problems = _convention_problems(cells, study) if is_dice(score) else []
     rows = cells.scores[(cells.scores["part"] == part) & (cells.scores["predictor"] == FUSION)]
     cases = {key: frozenset(group["case"]) for key, group in rows.groupby(list(CELL), sort=False)}
     first: dict[str, CellKey] = {}
@@ -423,6 +436,16 @@ def _check_cells(cells: Cells, study: Mapping[str, Any], part: str) -> None:
         raise DataError(problems)
 
 
+def _convention_problems(cells: Cells, study: Mapping[str, Any]) -> list[str]:
+    facts = cells.facts[cells.facts["status"] == "done"]
+    expected = study.get("convention", next(iter(facts["convention"]), None))
+    return [
+        f"cell {CellKey(row.arm, row.split, row.seed)}: convention {row.convention!r}, expected {expected!r}"
+        for row in facts.itertuples()
+        if row.convention != expected
+    ]
+
+
 def _full_subset(scores: pd.DataFrame, facts: pd.DataFrame) -> pd.Series:
     """The subset that holds all modalities of a row's own network."""
     done = facts[facts["status"] == "done"]
@@ -430,10 +453,10 @@ def _full_subset(scores: pd.DataFrame, facts: pd.DataFrame) -> pd.Series:
     return scores["arm"].map(full)
 
 
-def _score_columns(scores: pd.DataFrame) -> list[str]:
-    regions = [c.removeprefix("dice_") for c in scores if c.startswith("dice_") and c != "dice_mean"]
-    dice = [*(f"dice_{region}" for region in regions), "dice_mean"]
-    return dice + [c for c in scores if c.startswith("hd95_") and scores[c].notna().any()]
+def _score_columns(scores: pd.DataFrame, score: str) -> list[str]:
+    """Columns of scores that are shown: regions before their mean, HD95 after Dice and only where it was computed."""
+    columns = [c for c in score_columns(scores, score) if not c.startswith("hd95_") or scores[c].notna().any()]
+    return sorted(columns, key=lambda column: 2 * column.startswith("hd95_") + (column == DICE))
 
 
 def _score_table(
@@ -460,10 +483,10 @@ def _means(rows: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
     return means
 
 
-def _by_subset(scores: pd.DataFrame, modalities: Sequence[str]) -> pd.DataFrame:
-    """Mean Dice, a row a case of a cell and a column a subset; NaN where it was not scored."""
+def _by_subset(scores: pd.DataFrame, score: str, modalities: Sequence[str]) -> pd.DataFrame:
+    """The score, a row a case of a cell and a column a subset; NaN where it was not scored."""
     fusion = scores[scores["predictor"] == FUSION]
-    wide = fusion.pivot(index=[*CELL, "case"], columns="subset", values="dice_mean")
+    wide = fusion.pivot(index=[*CELL, "case"], columns="subset", values=score)
     return wide.reindex(columns=subsets_of(modalities))
 
 
@@ -473,8 +496,8 @@ def _subsets_table(by_subset: pd.DataFrame, arms: Iterable[str], groups: Mapping
     there = set(by_subset.index.get_level_values("arm"))
     table = []
     for arm in (arm for arm in arms if arm in there):
-        dice = by_subset.loc[[arm]]
-        rows = dice.assign(**{group: dice[list(s)].mean(axis=1, skipna=False) for group, s in groups.items()})
+        of_arm = by_subset.loc[[arm]]
+        rows = of_arm.assign(**{group: of_arm[list(s)].mean(axis=1, skipna=False) for group, s in groups.items()})
         rows = rows.reset_index()
         each = {name: result.mean for name, result in seed_means(rows, names).items()}
         if sum(not math.isnan(mean) for mean in each.values()) < 2:

@@ -6,17 +6,33 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
-from monai_cggm.analysis.comparison import SCORES, Comparison, arm_title, outcome, score_labels, subsets_of
+from monai_cggm.analysis.comparison import (
+    SCORES,
+    Comparison,
+    arm_title,
+    outcome,
+    score_labels,
+    score_of,
+    subset_groups,
+    subsets_of,
+)
+from monai_cggm.analysis.measures import DICE, score_title
 from monai_cggm.analysis.pages import DASH, Picture, one_line
+
+#: More subsets than these, those of four modalities, are not shown one by one.
+MOST_SUBSETS = 15
 
 # Texts are drawn as shapes, so that they look the same everywhere; the salt makes the same figure the same bytes.
 _RC: Any = {"svg.hashsalt": "monai_cggm", "svg.fonttype": "path", "text.parse_math": False, "font.size": 9.0}
@@ -28,50 +44,96 @@ _LEGEND = {"reference": "minus the reference", "control": "minus a control"}
 
 
 def subset_heat_map(comparison: Comparison, study: Mapping[str, Any]) -> Picture:
-    """Draw the mean Dice of every arm from every subset of the modalities, with its number in each field.
+    """Draw the mean score of every arm from every subset of the modalities, with its number in each field.
+
+    More than 15 subsets are summed up: by how many modalities are missing, the worst one, and those of one modality.
 
     Args:
         comparison: with at least one row in ``subsets``.
         study: see :func:`monai_cggm.analysis.compare`; arms' titles come from it.
     """
     names = subsets_of(comparison.modalities)
-    dice = comparison.subsets[names].to_numpy(dtype=float)
+    each = len(names) <= MOST_SUBSETS
+    columns = names if each else _summaries(comparison.modalities)
+    values = comparison.subsets[columns].to_numpy(dtype=float)
     arms = [arm_title(study, arm) for arm in comparison.subsets["arm"]]
     modalities = comparison.modalities
-    part = one_line(study.get("part", "test"))
+    measure = score_title(score_of(study))
     heights = (0.42 * len(arms), 0.24 * len(modalities))
     with rc_context(_RC):
-        figure = Figure(figsize=(3.2 + 0.52 * len(names), 1.1 + sum(heights)), layout="constrained")
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=heights)
-        mesh = top.pcolormesh(np.ma.masked_invalid(dice), cmap="viridis", vmin=0, vmax=1, edgecolor="white", lw=0.5)
-        for (row, column), value in np.ndenumerate(dice):
-            text = DASH if math.isnan(value) else f"{value:.2f}"
-            colour = "black" if math.isnan(value) or value > 0.6 else "white"
-            top.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
-        top.set_yticks(np.arange(len(arms)) + 0.5, [textwrap.fill(arm, 28) for arm in arms])
-        top.invert_yaxis()
-        top.tick_params(length=0, labelbottom=False)
-        figure.colorbar(mesh, ax=top, label="mean Dice (0 to 1)", pad=0.01, aspect=12)
-        for row, modality in enumerate(modalities):
-            given = np.array([modality in name.split("+") for name in names])
-            x = np.arange(len(names)) + 0.5
-            bottom.scatter(x[~given], np.full((~given).sum(), row), s=30, color="#d0d0d0")
-            bottom.scatter(x[given], np.full(given.sum(), row), s=30, color="#202020")
-        bottom.set_yticks(range(len(modalities)), modalities)
-        bottom.set_ylim(len(modalities) - 0.4, -0.6)
-        bottom.set_xlabel("subset of the modalities (dark: given, pale: missing), from all to one")
-        bottom.set_xticks([])
-        bottom.tick_params(length=0)
-        bottom.spines[:].set_visible(False)
-        top.spines[:].set_visible(False)
+        figure = Figure(figsize=(3.2 + 0.52 * len(columns), 1.1 + sum(heights)), layout="constrained")
+        if each:
+            top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=heights)
+            _draw_dots(bottom, modalities, names)
+        else:
+            top = figure.subplots()
+        mesh = _draw_fields(top, values, arms)
+        if not each:
+            top.set_xticks(np.arange(len(columns)) + 0.5, [_column_title(c, modalities) for c in columns], rotation=90)
+            top.tick_params(labelbottom=True)
+        figure.colorbar(mesh, ax=top, label=f"mean {measure} (0 to 1)", pad=0.01, aspect=12)
         svg = _svg(figure)
-    alt = f"Heat map of mean Dice of {len(arms)} arms for {len(names)} subsets of {', '.join(modalities)}."
-    caption = (
-        f"Mean Dice over regions, cases, seeds and splits for every subset of the modalities, on the {part} "
-        "cases. A column is a subset; dark dots below it are the modalities that the network was given. The numbers "
-        "are in tables/subsets.csv."
+    what = f"{len(names)} subsets" if each else f"groups of the {len(names)} subsets"
+    alt = f"Heat map of mean {measure} of {len(arms)} arms for {what} of {', '.join(modalities)}."
+    return Picture(svg, alt, _heat_map_caption(study, each=each), "subsets")
+
+
+def _heat_map_caption(study: Mapping[str, Any], *, each: bool) -> str:
+    over = "regions, cases, seeds and splits" if score_of(study) == DICE else "cases, seeds and splits"
+    mean = f"Mean {score_title(score_of(study))} over {over}"
+    on = f"on the {one_line(study.get('part', 'test'))} cases"
+    if each:
+        return (
+            f"{mean} for every subset of the modalities, {on}. A column is a subset; dark dots below it are the "
+            "modalities that the network was given. The numbers are in tables/subsets.csv."
+        )
+    return (
+        f"{mean}, {on}: from all modalities, over all subsets, over those that lack one, two and so on, of the worst "
+        "one, and from each modality alone. Every subset is in tables/subsets.csv."
     )
-    return Picture(svg, alt, caption, "subsets")
+
+
+def _summaries(modalities: Sequence[str]) -> list[str]:
+    """Columns that stand for all subsets: the full set, groups by what is missing, the worst, single modalities."""
+    groups = [group for group in subset_groups(modalities) if group.startswith("missing_")]
+    return ["+".join(modalities), "subsets", *groups, "worst", *modalities]
+
+
+def _column_title(column: str, modalities: Sequence[str]) -> str:
+    if column == "+".join(modalities):
+        return "full set"
+    return {"subsets": "all subsets", "worst": "worst subset"}.get(column) or (
+        f"{column.removeprefix('missing_')} missing" if column.startswith("missing_") else f"{column} alone"
+    )
+
+
+def _draw_fields(axis: Axes, values: NDArray[np.float64], arms: Sequence[str]) -> QuadMesh:
+    """Draw a row an arm, with the number in each field."""
+    mesh = axis.pcolormesh(np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=1, edgecolor="white", lw=0.5)
+    for (row, column), value in np.ndenumerate(values):
+        text = DASH if math.isnan(value) else f"{value:.2f}"
+        colour = "black" if math.isnan(value) or value > 0.6 else "white"
+        axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
+    axis.set_yticks(np.arange(len(arms)) + 0.5, [textwrap.fill(arm, 28) for arm in arms])
+    axis.invert_yaxis()
+    axis.tick_params(length=0, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    return mesh
+
+
+def _draw_dots(axis: Axes, modalities: Sequence[str], names: Sequence[str]) -> None:
+    """Draw which modalities each subset holds, a row a modality."""
+    for row, modality in enumerate(modalities):
+        given = np.array([modality in name.split("+") for name in names])
+        x = np.arange(len(names)) + 0.5
+        axis.scatter(x[~given], np.full((~given).sum(), row), s=30, color="#d0d0d0")
+        axis.scatter(x[given], np.full(given.sum(), row), s=30, color="#202020")
+    axis.set_yticks(range(len(modalities)), modalities)
+    axis.set_ylim(len(modalities) - 0.4, -0.6)
+    axis.set_xlabel("subset of the modalities (dark: given, pale: missing), from all to one")
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
 def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture:
@@ -108,9 +170,10 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         svg = _svg(figure)
     alt = f"Forest plot: differences between arms with 95 % intervals, one row for each of {len(pairs)} comparisons."
+    measure = score_title(score_of(study))
     caption = (
-        "Differences of Dice in points (Dice × 100) with 95 % intervals; to the right of zero the arm that is named "
-        "first is better. Hollow: no interval, because there are too few cases."
+        f"Differences of {measure} in points ({measure} × 100) with 95 % intervals; to the right of zero the arm that "
+        "is named first is better. Hollow: no interval, because there are too few cases."
     )
     return Picture(svg, alt, caption, "differences")
 

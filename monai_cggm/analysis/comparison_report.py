@@ -22,10 +22,13 @@ from monai_cggm.analysis.comparison import (
     outcome,
     points,
     score_labels,
+    score_of,
     subset_groups,
+    subsets_of,
     verdicts,
 )
-from monai_cggm.analysis.comparison_figures import difference_plot, subset_heat_map
+from monai_cggm.analysis.comparison_figures import MOST_SUBSETS, difference_plot, subset_heat_map
+from monai_cggm.analysis.measures import is_dice, measure_of, scales, score_title
 from monai_cggm.analysis.pages import DASH, Picture, Section, Table, markdown, one_line, page, without_folders
 from monai_cggm.files import atomic_path
 
@@ -73,7 +76,7 @@ def write_report(folder: Path, study: Mapping[str, Any]) -> Path:
         ('report.html', True)
     """
     folder = Path(folder)
-    comparison = compare(read_cells(folder), study)
+    comparison = compare(read_cells(folder, score=score_of(study)), study)
     for name, frame in _csv_tables(comparison).items():
         with atomic_path(folder / "tables" / f"{name}.csv") as path:
             frame.to_csv(path, index=False, float_format="%.6f", lineterminator="\n")
@@ -158,14 +161,14 @@ def _run_bullets(comparison: Comparison, study: Mapping[str, Any]) -> list[str]:
     facts = cells.facts[cells.facts["status"] == "done"]
     trained = _trained(comparison)
     selected = not _nothing_selected(trained)
-    convention = str(study.get("convention") or next(iter(facts["convention"]), "not known yet"))
-    note = CONVENTION_NOTES.get(convention)
+    dice = is_dice(score_of(study))
     bullets = [
         f"Cells: {len(cells.done)} done, {len(cells.failed)} failed, {len(comparison.outstanding)} outstanding.",
         _budget(trained, study),
         f"Settings of every arm: {_settings(study.get('settings'))}.",
-        f"Scored on the {_part(study)} cases, whole volumes." + _validation_note(study, selected=selected),
-        f"Empty regions: {convention}" + (f" ({note})." if note else "."),
+        f"Scored on the {_part(study)} cases{', whole volumes' if dice else ''}."
+        + _validation_note(study, selected=selected),
+        *([_empty_regions(study, facts)] if dice else []),
         f"Seeds: {', '.join(str(seed) for seed in study['seeds'])}. Splits: {', '.join(comparison.splits) or DASH}.",
         _selection(trained, selected=selected),
     ]
@@ -178,13 +181,19 @@ def _run_bullets(comparison: Comparison, study: Mapping[str, Any]) -> list[str]:
     return bullets
 
 
+def _empty_regions(study: Mapping[str, Any], facts: pd.DataFrame) -> str:
+    convention = str(study.get("convention") or next(iter(facts["convention"]), "not known yet"))
+    note = CONVENTION_NOTES.get(convention)
+    return f"Empty regions: {convention}" + (f" ({note})." if note else ".")
+
+
 def _full_set_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
     title = "All modalities given"
     if comparison.full_set.empty:
         return Section(title, ["No arm has a finished cell yet."])
     caption = (
         f"Scores on the {_part(study)} cases from all modalities: mean ± sample standard deviation over seeds "
-        "(a dash with one seed). Dice from 0 to 1, HD95 in mm."
+        f"(a dash with one seed). {scales(_scores_in(comparison.full_set))}"
     )
     return Section(title, blocks=[_score_rows(comparison.full_set, study, caption)])
 
@@ -194,8 +203,7 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     subsets = comparison.subsets
     if subsets.empty:
         return Section(title, ["No subset of the modalities was scored."])
-    key = study.get("key_modality")
-    labels = _group_labels(comparison.modalities, key)
+    labels = _group_labels(comparison.modalities, study.get("key_modality"))
     rows = [
         [
             arm_title(study, row["arm"]),
@@ -206,11 +214,23 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
         for row in subsets.to_dict("records")
     ]
     caption = (
-        f"Mean Dice (0 to 1) on the {_part(study)} cases over groups of subsets: mean ± sample standard deviation over "
-        "seeds. The features of the modalities outside of a subset are zero."
+        f"Mean {score_title(score_of(study))} (0 to 1) on the {_part(study)} cases over groups of subsets: mean ± "
+        "sample standard deviation over seeds. The modalities outside of a subset count as missing."
     )
-    table = Table(caption, ["arm", *labels.values(), "worst subset", "which"], rows)
-    return Section(title, blocks=[table, subset_heat_map(comparison, study)])
+    tables = [Table(caption, ["arm", *labels.values(), "worst subset", "which"], rows)]
+    if len(subsets_of(comparison.modalities)) > MOST_SUBSETS:
+        tables.append(_single_table(comparison, study))
+    return Section(title, blocks=[*tables, subset_heat_map(comparison, study)])
+
+
+def _single_table(comparison: Comparison, study: Mapping[str, Any]) -> Table:
+    """Stands for the numbers of the subsets where there are too many of them to be shown."""
+    rows = [
+        [arm_title(study, row["arm"]), *(_number(row[modality], 3) for modality in comparison.modalities)]
+        for row in comparison.subsets.to_dict("records")
+    ]
+    caption = f"Mean {score_title(score_of(study))} where one modality is given. All subsets are in tables/subsets.csv."
+    return Table(caption, ["arm", *comparison.modalities], rows)
 
 
 def _group_labels(modalities: Sequence[str], key: str | None) -> dict[str, str]:
@@ -231,11 +251,12 @@ def _differences_section(comparison: Comparison, study: Mapping[str, Any]) -> Se
     differences = comparison.differences
     if differences.empty:
         return Section(title, ["No two arms that are compared share a finished cell yet."])
+    measure = score_title(score_of(study))
     notes = [
-        "Paired differences of Dice in points (Dice × 100). Only cells, that is splits and seeds, that both arms have "
-        "count. The outcome follows the interval. p is that of Wilcoxon's signed-rank test over cases (a dash with "
-        "fewer than six that differ); it is not corrected for the number of comparisons, and it takes the trained "
-        "networks as given, so that it can be small where an interval that resamples seeds spans zero.",
+        f"Paired differences of {measure} in points ({measure} × 100). Only cells, that is splits and seeds, that both "
+        "arms have count. The outcome follows the interval. p is that of Wilcoxon's signed-rank test over cases "
+        "(a dash with fewer than six that differ); it is not corrected for the number of comparisons, and it takes the "
+        "trained networks as given, so that it can be small where an interval that resamples seeds spans zero.",
     ]
     if differences["splits_resampled"].any():
         notes.append("Where every split has one seed in common, whole splits are resampled, and not their cases.")
@@ -271,8 +292,8 @@ def _classifiers_section(comparison: Comparison, study: Mapping[str, Any]) -> Se
     if comparison.classifiers.empty:
         return None
     caption = (
-        f"Dice (0 to 1) of the small classifier of each modality on the {_part(study)} cases, for the arms that have "
-        "them: mean ± sample standard deviation over seeds."
+        f"Scores of the small classifier of each modality on the {_part(study)} cases, for the arms that have them: "
+        f"mean ± sample standard deviation over seeds. {scales(_scores_in(comparison.classifiers))}"
     )
     return Section("Each modality's classifier", blocks=[_score_rows(comparison.classifiers, study, caption)])
 
@@ -282,8 +303,8 @@ def _alone_section(comparison: Comparison, study: Mapping[str, Any]) -> Section 
         return None
     caption = (
         "Networks that saw one modality only, with the same budget, and the ensemble that averages their "
-        "probabilities: mean ± sample standard deviation over seeds. Dice from 0 to 1, HD95 in mm. A network of "
-        "all modalities that does not beat the ensemble has shown no gain from seeing them together."
+        f"probabilities: mean ± sample standard deviation over seeds. {scales(_scores_in(comparison.alone))} A network "
+        "of all modalities that does not beat the ensemble has shown no gain from seeing them together."
     )
     return Section("Each modality alone", blocks=[_score_rows(comparison.alone, study, caption)])
 
@@ -336,15 +357,15 @@ def _reading_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
 
 
 def _score_rows(table: pd.DataFrame, study: Mapping[str, Any], caption: str) -> Table:
-    scores = [column for column in table if column.startswith(("dice_", "hd95_")) and not column.endswith("_sd")]
+    scores = _scores_in(table)
     counts = ["splits", "seeds", "cases"]
     names = [column for column in ("modality",) if column in table]
-    header = ["arm", *names, *map(_score_label, scores), *counts]
+    header = ["arm", *names, *(measure_of(score).label for score in scores), *counts]
     rows = [
         [
             arm_title(study, row["arm"]),
             *(_text(row[name]) for name in names),
-            *(_mean_sd(row[s], row[f"{s}_sd"], 3 if s.startswith("dice_") else 1) for s in scores),
+            *(_mean_sd(row[s], row[f"{s}_sd"], measure_of(s).digits) for s in scores),
             *(str(row[count]) for count in counts),
         ]
         for row in table.to_dict("records")
@@ -352,9 +373,9 @@ def _score_rows(table: pd.DataFrame, study: Mapping[str, Any], caption: str) -> 
     return Table(caption, header, rows)
 
 
-def _score_label(column: str) -> str:
-    kind, region = column.split("_", 1)
-    return f"Dice {region}" if kind == "dice" else f"HD95 {region} (mm)"
+def _scores_in(table: pd.DataFrame) -> list[str]:
+    """The scores of a table, each of which has its spread in a column beside it."""
+    return [column for column in table if f"{column}_sd" in table]
 
 
 def _part(study: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t, wilcoxon
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.uint8]
 
 #: With fewer pairs than this no two-sided p of a signed-rank test can lie below 0.05.
 FEWEST_PAIRS = 6
 
 _LEVEL = 0.95
 _UPPER = (1 + _LEVEL) / 2
+_AT_ONCE = 1000  # draws that are weighed together: a bound on the memory
 _DECIMALS = 10  # far below what score files hold; keeps 0.9001 - 0.9 and 0.8001 - 0.8 the same difference
 
 
@@ -162,7 +165,7 @@ def paired_bootstrap(differences: pd.DataFrame, *, draws: int = 10_000, seed: in
     resampled = [means[:, None]] if by_split else tables
     low = high = math.nan
     if min(len(table) for table in resampled) > 1:
-        low, high = _interval(resampled, draws, np.random.default_rng(seed))
+        low, high = _interval(resampled, _draws(tuple(table.shape for table in resampled), draws, seed))
     return Interval(
         mean=float(means.mean()),
         low=low,
@@ -204,12 +207,31 @@ def _crossed(rows: pd.DataFrame) -> Array:
     return table
 
 
-def _interval(tables: Sequence[Array], draws: int, generator: np.random.Generator) -> tuple[float, float]:
+@lru_cache(maxsize=2)
+def _draws(shapes: tuple[tuple[int, int], ...], draws: int, seed: int) -> tuple[tuple[Counts, Counts], ...]:
+    """How often each draw has each row and each column of tables of these shapes; comparisons of a study share them.
+
+    Drawing takes longer than all that is done with the draws. A byte is enough: that one of n things is drawn more than
+    255 times in n has a probability far below 1e-300.
+    """
+    generator = np.random.default_rng(seed)
+    return tuple((_drawn(rows, draws, generator), _drawn(columns, draws, generator)) for rows, columns in shapes)
+
+
+def _drawn(things: int, draws: int, generator: np.random.Generator) -> Counts:
+    counts = np.empty((draws, things), dtype=np.uint8)
+    for start in range(0, draws, _AT_ONCE):
+        part = counts[start : start + _AT_ONCE]
+        part[:] = generator.multinomial(things, np.full(things, 1 / things), size=len(part))
+    return counts
+
+
+def _interval(tables: Sequence[Array], draws: Sequence[tuple[Counts, Counts]]) -> tuple[float, float]:
     """The ends of the interval for the mean of the tables' means; see :func:`paired_bootstrap`."""
-    deviations = np.zeros(draws)
+    deviations = np.zeros(len(draws[0][0]))
     variances, quantiles = [], []
-    for table in tables:
-        parts = _drawn_deviations(table, draws, generator)
+    for table, (rows, columns) in zip(tables, draws, strict=True):
+        parts = _drawn_deviations(table, rows, columns)
         for part, count in zip(parts, table.shape, strict=False):  # by rows, by columns; the rest is both
             if count > 1:
                 part *= math.sqrt(count / (count - 1))
@@ -223,19 +245,31 @@ def _interval(tables: Sequence[Array], draws: int, generator: np.random.Generato
     return mean + float(low), mean + float(high)
 
 
-def _drawn_deviations(table: Array, draws: int, generator: np.random.Generator) -> tuple[Array, Array, Array]:
-    """How far the means of ``draws`` resamples lie from the table's: by its rows, by its columns, by both at once."""
-    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64) for n in table.shape)
-    mean = np.nanmean(table)
-    by_rows = _weighted_means(table, rows, np.ones_like(columns)) - mean
-    by_columns = _weighted_means(table, np.ones_like(rows), columns) - mean
-    return by_rows, by_columns, _weighted_means(table, rows, columns) - mean - by_rows - by_columns
+def _drawn_deviations(table: Array, rows: Counts, columns: Counts) -> tuple[Array, Array, Array]:
+    """How far the means of resamples lie from the table's: by its rows, by its columns, by both at once.
 
-
-def _weighted_means(table: Array, rows: Array, columns: Array) -> Array:
-    """A mean for each draw of weights, ``(draws, cases)`` and ``(draws, seeds)``; NaN where a draw has no value."""
+    Args:
+        table: ``(cases, seeds)``; NaN where a case lacks a seed.
+        rows: how often each draw has each case, ``(draws, cases)``.
+        columns: how often each draw has each seed, ``(draws, seeds)``.
+    """
     observed = ~np.isnan(table)
-    sums = ((rows @ np.where(observed, table, 0.0)) * columns).sum(axis=1)
-    counts = ((rows @ observed.astype(np.float64)) * columns).sum(axis=1)
-    means: Array = np.divide(sums, counts, out=np.full(len(rows), np.nan), where=counts > 0)
+    values, there = np.where(observed, table, 0.0), observed.astype(np.float64)
+    sums, counts = np.split(_weighed(rows, np.hstack([values, there])), 2, axis=1)
+    mean = np.nanmean(table)
+    by_rows = _means(sums.sum(axis=1), counts.sum(axis=1)) - mean
+    by_columns = _means(columns @ values.sum(axis=0), columns @ there.sum(axis=0)) - mean
+    by_both = _means((sums * columns).sum(axis=1), (counts * columns).sum(axis=1)) - mean
+    return by_rows, by_columns, by_both - by_rows - by_columns
+
+
+def _weighed(weights: Counts, values: Array) -> Array:
+    """The product of two matrices, some of the draws at a time."""
+    parts = (weights[start : start + _AT_ONCE] for start in range(0, len(weights), _AT_ONCE))
+    return np.concatenate([part.astype(np.float64) @ values for part in parts])
+
+
+def _means(sums: Array, counts: Array) -> Array:
+    """A mean for each draw; NaN where a draw has no value."""
+    means: Array = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
     return means

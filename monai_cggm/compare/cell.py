@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.analysis.measures import is_dice, score_columns
 from monai_cggm.analysis.pages import without_folders
 from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
 from monai_cggm.data.splits import PARTS
@@ -29,6 +30,9 @@ Launch = Callable[[Sequence[str], Path, Mapping[str, str]], int]
 
 #: the last line of a traceback, or what a command says in its place
 _ERROR = re.compile(r"(error:|[\w.]*(Error|Exception|Interrupt)\b)")
+
+#: the folder in a run's own where networks lie that a method is given: methods look there (``teacher_runs``)
+_TEACHERS = "teachers"
 
 _PACKAGES = ("monai_cggm", "monai", "torch", "pytorch-ignite", "numpy")
 
@@ -52,7 +56,8 @@ def plan_of(cell: Cell, study: Study) -> dict[str, Any]:
         "evaluation": list(study.evaluation),
         "cases": fingerprint([sorted(cases.get(part, [])) for part in PARTS]),
         "part": study.part,
-        "convention": study.convention,
+        **({"convention": study.convention} if is_dice(study.score) else {"score": study.score}),
+        **({"needs": list(cell.arm.needs)} if cell.arm.needs else {}),
     }
 
 
@@ -77,9 +82,13 @@ def run_cell(
 
     Returns:
         The cell's facts, as in ``cell.json``; ``status`` is ``done`` or ``failed``, with the ``error`` in a line.
+
+    Raises:
+        DataError: where cells that it needs are not done, or their networks are not there.
     """
     run_dir = out / "runs" / cell.folder
     run_dir.mkdir(parents=True, exist_ok=True)
+    _take_needed(cell, study, out, run_dir / _TEACHERS)
     _write_json(run_dir / "plan.json", {**plan_of(cell, study), "configuration": configuration_of(cell, study)})
     settings = _write_settings(cell, study, run_dir, data)
     error = None
@@ -91,7 +100,7 @@ def run_cell(
         error = _run(cell, study.config, [*map(find_file, study.evaluation), settings], run_dir, environment, launch)
     facts = _facts(cell, study, out, run_dir, error)
     if error is None:
-        _keep_results(run_dir, out / "cells" / cell.folder, study.part, facts["modalities"])
+        _keep_results(run_dir, out / "cells" / cell.folder, study, facts["modalities"])
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     _write_json(out / "cells" / cell.folder / "cell.json", facts)
     return facts
@@ -102,6 +111,40 @@ def failed_cell(cell: Cell, study: Study, out: Path, error: BaseException) -> di
     facts = _facts(cell, study, out, out / "runs" / cell.folder, f"{type(error).__name__}: {error}")
     _write_json(out / "cells" / cell.folder / "cell.json", facts)
     return facts
+
+
+def _take_needed(cell: Cell, study: Study, out: Path, folder: Path) -> None:
+    """Put the networks that a cell needs into its own run: ``teachers/<modality, or arm>/model.pt``.
+
+    Nothing else of the other runs is needed, and no path of this machine in the configuration.
+    """
+    problems = []
+    for name, needed in study.needed_by(cell).items():
+        taken = folder / name / "model.pt"
+        if taken.is_file():  # it was begun with this one
+            continue
+        problem = _problem_with(needed.folder, out)
+        if problem:
+            problems.append(problem)
+            continue
+        with atomic_path(taken) as temporary:
+            shutil.copyfile(out / "runs" / needed.folder / "model.pt", temporary)
+    if problems:
+        raise DataError(problems)
+
+
+def _problem_with(needed: str, out: Path) -> str | None:
+    """Why the network of a cell that another one needs cannot be had; None where it can."""
+    facts = facts_of(out / "cells" / needed) or {"status": "outstanding", "error": None}
+    if facts["status"] != "done":
+        reason = f": {facts['error']}" if facts["error"] else ""
+        return f"it needs {needed}, which is {facts['status']}{reason}"
+    if not (out / "runs" / needed / "model.pt").is_file():
+        return (
+            f"it needs runs/{needed}/model.pt, and there is no such file: remove cells/{needed} and start again, which "
+            "trains it anew"
+        )
+    return None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -119,7 +162,7 @@ def _write_settings(cell: Cell, study: Study, run_dir: Path, data: str | Path) -
         "split_file": str(cell.split.resolve()),
         "resume": True,
         "part": study.part,
-        "convention": study.convention,
+        **({"convention": study.convention} if is_dice(study.score) else {}),
     }
     path = run_dir / "settings.yaml"
     with atomic_path(path) as temporary:
@@ -169,10 +212,14 @@ def _join_members(cell: Cell, study: Study, out: Path, run_dir: Path) -> None:
 
     from monai_cggm.handlers.checkpoint import save_atomically
 
+    members = {m: f"{ALONE}{m}/{cell.split.stem}-seed{cell.seed}" for m in study.modalities}
+    problems = [problem for member in members.values() if (problem := _problem_with(member, out))]
+    if problems:
+        raise DataError(problems)
     weights: dict[str, Any] = {}
-    for modality in study.modalities:
-        member = out / "runs" / f"{ALONE}{modality}" / f"{cell.split.stem}-seed{cell.seed}" / "model.pt"
-        state = torch.load(member, map_location="cpu", weights_only=True)["model"]
+    for modality, member in members.items():
+        path = out / "runs" / member / "model.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
         weights |= {f"networks.{modality}.{key}": value for key, value in state.items()}
     save_atomically({"model": weights, "epoch": 0}, run_dir / "model.pt")
 
@@ -212,13 +259,16 @@ def _resources(cell: Cell, study: Study, out: Path, run_dir: Path) -> dict[str, 
     }
 
 
-def _keep_results(run_dir: Path, folder: Path, part: str, modalities: Sequence[str]) -> None:
+def _keep_results(run_dir: Path, folder: Path, study: Study, modalities: Sequence[str]) -> None:
     """Copy the scores, rounded, and the curves of the epochs."""
+    part = study.part
     with (run_dir / f"{part}_subsets" / "cases.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise DataError([f"the scoring wrote no case into {part}_subsets/cases.csv"])
-    scores = [column for column in rows[0] if column.startswith(("dice_", "hd95_"))]
+    scores = score_columns(rows[0], study.score)
+    if study.score not in scores:
+        raise DataError([f"{part}_subsets/cases.csv has no {study.score}, found {', '.join(rows[0])}"])
     with atomic_path(folder / "scores.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "part", "predictor", "subset", *scores])
@@ -243,13 +293,14 @@ def _rounded(value: str) -> str:
 
 
 def _epochs(path: Path) -> dict[str, int | None]:
-    """How long a run went on, and which epoch validation chose."""
+    """How long a run went on, and which epoch validation chose: its key metric is the one called ``val_<score>``."""
     rows: list[dict[str, str]] = []
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-    scored = [row for row in rows if row.get("validation/val_dice")]
-    best = max(scored, key=lambda row: float(row["validation/val_dice"]), default=None)
+    key = next((column for column in (rows[0] if rows else ()) if column.startswith("validation/val_")), "")
+    scored = [row for row in rows if row.get(key)]
+    best = max(scored, key=lambda row: float(row[key]), default=None)
     return {
         "epochs": int(rows[-1]["epoch"]) if rows else None,
         "validations": len(scored) if rows else None,

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 
 from monai_cggm.compare.cell import Launch, configuration_of, facts_of, failed_cell, plan_of, run_cell, start
 from monai_cggm.compare.study import ALONE, Cell, Study, find_file
-from monai_cggm.errors import DataError
+from monai_cggm.errors import DataError, users_error
 from monai_cggm.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def run_study(
     """Train and score every cell of a study that is not finished yet.
 
     A cell that fails is recorded with the last line it said, and the others go on; a later start tries it again. A cell
-    that was killed goes on from its last epoch. One comparison at a time runs in a folder, and a cell that outlives the
+    that was killed goes on from its last epoch. A cell that needs others begins once these have ended; where one of
+    them failed, it is recorded as failed, too. One comparison at a time runs in a folder, and a cell that outlives the
     program that started it still counts as running.
 
     Args:
@@ -101,14 +102,29 @@ class _Runner:
             self.free.put(device)
 
     def all(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Run cells in their order, except that one waits for those that it needs."""
+        waiting = list(cells)
+        found: list[dict[str, Any]] = []
+        running: dict[Future[dict[str, Any]], Cell] = {}
         with ThreadPoolExecutor(self.workers) as pool:
-            waiting = [pool.submit(self.one, cell) for cell in cells]
             try:
-                return [future.result() for future in as_completed(waiting)]
+                while waiting or running:
+                    unfinished = {cell.folder for cell in (*waiting, *running.values())}
+                    ready = [c for c in waiting if unfinished.isdisjoint(self.needed_by(c))]
+                    for cell in ready[: self.workers - len(running)]:
+                        waiting.remove(cell)
+                        running[pool.submit(self.one, cell)] = cell
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        found.append(future.result())
+                return found
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()  # or leaving the pool would wait for the cells that run
                 raise
+
+    def needed_by(self, cell: Cell) -> set[str]:
+        return {needed.folder for needed in self.study.needed_by(cell).values()}
 
     def one(self, cell: Cell) -> dict[str, Any]:
         found = facts_of(self.out / "cells" / cell.folder)
@@ -210,25 +226,30 @@ def _devices(jobs: int | None, threads: int) -> list[dict[str, str]]:
 
 
 def _cases(study: Study, data: str | Path) -> list[dict[str, Any]]:
-    from monai_cggm.data import load_cases
+    """The cases, as the study's bundle finds them."""
+    return list(_part_of_bundle("cases", study, data))
 
-    return load_cases(
-        data,
-        study.modalities,
-        labels=study.settings.get("labels"),
-        skip_bad=bool(study.settings.get("skip_bad")),
-        allow_missing=bool(study.settings.get("allow_missing")),
-    )
+
+def _part_of_bundle(name: str, study: Study, data: str | Path) -> Any:
+    """What the study's configuration makes under a name: ``cases``, or ``split``, drawn with the seed 0."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config([str(find_file(file)) for file in study.config])
+    parser.update({**study.settings, "dataset_dir": str(data), "split_file": None, "seed": 0})
+    try:
+        return parser.get_parsed_content(name)
+    except Exception as error:
+        raise users_error(error) or error from None
 
 
 def _drawn_split(study: Study, data: str | Path, folder: Path) -> Path:
     """One split for all cells, drawn once and kept."""
     path = folder / "split.json"
     if not path.is_file():
-        from monai_cggm.data import split_cases, write_split
+        from monai_cggm.data import write_split
 
-        cases = _cases(study, data)
-        write_split(split_cases(cases, sizes=study.settings.get("split_sizes"), seed=0), path, 0)
+        write_split(_part_of_bundle("split", study, data), path, 0)
     return path
 
 

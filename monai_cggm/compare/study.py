@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.analysis.measures import DICE, is_dice, measure_of
 from monai_cggm.errors import DataError
 from monai_cggm.metrics import EMPTY_CONVENTIONS
 from monai_cggm.resources import share_path
@@ -19,12 +20,16 @@ from monai_cggm.resources import share_path
 ALONE = "alone_"
 ENSEMBLE = "ensemble"
 
+#: what an arm needs that needs all arms of one modality alone
+NEEDS_ALONE = "alone"
+
 _NAME = re.compile(r"[a-z0-9_]+")
 _KEYS = {
     "base",
     "title",
     "reference",
     "part",
+    "score",
     "convention",
     "config",
     "evaluation",
@@ -35,6 +40,7 @@ _KEYS = {
     "arms",
     "alone",
 }
+_ARM_KEYS = {"title", "overlays", "settings", "controls", "needs"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +54,7 @@ class Arm:
         settings: values that win over the study's settings.
         controls: role → arm that it has to be better than, to show that what that one lacks helps; ``constant``,
             ``shuffled`` and ``uniform`` are the controls of a balance.
+        needs: arms whose networks it is trained with; ``alone`` stands for all of one modality alone.
     """
 
     name: str
@@ -55,6 +62,7 @@ class Arm:
     overlays: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     controls: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +99,8 @@ class Study:
         splits: split files; none: one split is drawn.
         seeds: one training each.
         part: the cases that the report scores: ``test``, or ``validation`` while methods are still being chosen.
-        convention: see :data:`monai_cggm.metrics.EMPTY_CONVENTIONS`.
+        score: the column of the cases' scores that arms are compared by: from 0 to 1, and more is better.
+        convention: see :data:`monai_cggm.metrics.EMPTY_CONVENTIONS`; for Dice alone.
         key_modality: means over subsets are also given with and without this one.
         alone: some arms are one network a modality; with all of them there is their ensemble, too.
         modalities: the modalities of the configuration.
@@ -106,6 +115,7 @@ class Study:
     splits: tuple[str, ...]
     seeds: tuple[int, ...]
     part: str = "test"
+    score: str = DICE
     convention: str = "brats_legacy"
     key_modality: str | None = None
     alone: bool = False
@@ -122,6 +132,13 @@ class Study:
         arm = Arm(ENSEMBLE, "ensemble of one network a modality", ("configs/methods/ensemble.yaml",))
         return [Cell(arm, split, seed) for seed in self.seeds for split in splits]
 
+    def needed_by(self, cell: Cell) -> dict[str, Cell]:
+        """Return the cells that a cell needs, by the modality or, for other arms, by the arm's name."""
+        names: dict[str, str] = {}
+        for name in cell.arm.needs:
+            names |= {m: f"{ALONE}{m}" for m in self.modalities} if name == NEEDS_ALONE else {name: name}
+        return {name: Cell(self.arms[arm], cell.split, cell.seed) for name, arm in names.items()}
+
     def described(self) -> dict[str, Any]:
         """Return the study as plain values, for ``study.yaml`` and the report."""
         arms = {
@@ -130,6 +147,7 @@ class Study:
                 "overlays": list(arm.overlays),
                 "settings": dict(arm.settings),
                 "controls": dict(arm.controls),
+                **({"needs": list(arm.needs)} if arm.needs else {}),
             }
             for name, arm in self.arms.items()
         }
@@ -137,7 +155,8 @@ class Study:
             "title": self.title,
             "reference": self.reference,
             "part": self.part,
-            "convention": self.convention,
+            "score": self.score,
+            **({"convention": self.convention} if is_dice(self.score) else {}),
             "config": list(self.config),
             "evaluation": list(self.evaluation),
             "settings": dict(self.settings),
@@ -163,7 +182,7 @@ def read_study(
 
     Args:
         source: a YAML file, or the name of one that comes with the package (``configs/studies``).
-        arms: only these arms, and the reference.
+        arms: only these arms, those that they need, and the reference.
         seeds: other seeds than the file's.
         settings: values that win over the file's settings.
 
@@ -202,7 +221,8 @@ def read_study(
         splits=tuple(content.get("splits") or ()),
         seeds=tuple(content.get("seeds", [0])),
         part=content.get("part", "test"),
-        convention=content.get("convention", "brats_legacy"),
+        score=content.get("score") or DICE,
+        convention=content.get("convention") or "brats_legacy",
         key_modality=content.get("key_modality"),
         alone=any(name.startswith(ALONE) for name in chosen),
         modalities=modalities,
@@ -277,16 +297,22 @@ def _arm_problems(content: Mapping[str, Any]) -> list[str]:
     arms = content["arms"]
     if not isinstance(arms, Mapping) or not all(isinstance(arm or {}, Mapping) for arm in arms.values()):
         return [f"arms must be names with keys such as overlays below them, found {arms!r}"]
+    arms = {name: arm or {} for name, arm in arms.items()}
     problems = [f"arm {n!r} must be named by a-z, 0-9 and _" for n in arms if not _NAME.fullmatch(str(n))]
-    problems += [f"arm {n} is reserved" for n in arms if n == ENSEMBLE or str(n).startswith(ALONE)]
+    reserved = (ENSEMBLE, NEEDS_ALONE)
+    problems += [f"arm {n} is reserved" for n in arms if n in reserved or str(n).startswith(ALONE)]
     if content["reference"] not in arms:
         problems.append(f"reference {content['reference']!r} is not among the arms {', '.join(arms)}")
-    for name, arm in ((name, arm or {}) for name, arm in arms.items()):
-        extra = sorted(set(arm) - {"title", "overlays", "settings", "controls"})
+    for name, arm in arms.items():
+        extra = sorted(set(arm) - _ARM_KEYS)
         if extra:
             problems.append(f"arm {name} has unknown {', '.join(extra)}")
         if not isinstance(arm.get("overlays", []), list):
             problems.append(f"arm {name}: overlays must be a list of files, found {arm['overlays']!r}")
+        if not isinstance(arm.get("needs") or [], (str, list)):
+            problems.append(
+                f"arm {name}: needs must be {NEEDS_ALONE}, or a list of that and arms, found {arm['needs']!r}"
+            )
         controls = arm.get("controls", {})
         if not isinstance(controls, Mapping):
             problems.append(f"arm {name}: controls must be roles and arms, such as uniform: {next(iter(arms))}")
@@ -296,22 +322,51 @@ def _arm_problems(content: Mapping[str, Any]) -> list[str]:
             for role, control in controls.items()
             if control not in arms or control == name
         ]
+    return problems or _need_problems(arms, alone=bool(content.get("alone")))
+
+
+def _need_problems(arms: Mapping[str, Mapping[str, Any]], *, alone: bool) -> list[str]:
+    problems = []
+    for name, arm in arms.items():
+        for need in _needs(arm):
+            if need == NEEDS_ALONE and not alone:
+                problems.append(f"arm {name} needs one network a modality, which a study has with alone: true")
+            elif need != NEEDS_ALONE and (need not in arms or need == name):
+                problems.append(f"arm {name} needs {need!r}, which is neither another arm nor {NEEDS_ALONE}")
+            elif need != NEEDS_ALONE and _needs(arms[need]):
+                problems.append(f"arm {name} needs {need}, which needs others itself: expected one that needs none")
     return problems
+
+
+def _needs(arm: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an arm needs, as a list or as one word in the file."""
+    needs = arm.get("needs") or []
+    return (needs,) if isinstance(needs, str) else tuple(map(str, needs))
 
 
 def _value_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
     if content.get("part", "test") not in ("validation", "test"):
         problems.append(f"part must be validation or test, found {content['part']!r}")
-    convention = content.get("convention", "brats_legacy")
-    if convention not in EMPTY_CONVENTIONS:
-        problems.append(f"convention must be one of {', '.join(EMPTY_CONVENTIONS)}, found {convention!r}")
+    problems += _score_problems(content.get("score") or DICE, content.get("convention"))
     problems += _seed_problems(content.get("seeds", [0]))
     lists = {key: content.get(key) or [] for key in ("config", "evaluation", "splits")}
     problems += [f"{key} must be a list of files, found {v!r}" for key, v in lists.items() if not isinstance(v, list)]
     if not isinstance(content.get("settings") or {}, Mapping):
         problems.append(f"settings must be keys and values, found {content['settings']!r}")
     return problems
+
+
+def _score_problems(score: object, convention: object) -> list[str]:
+    if not isinstance(score, str) or not re.fullmatch(r"\w+", score) or not measure_of(score).bounded:
+        return [f"score must be a column from 0 to 1 of which more is better, such as accuracy, found {score!r}"]
+    if convention is None:
+        return []
+    if not is_dice(score):
+        return [f"convention is for Dice and says nothing of {score}: leave it out, found {convention!r}"]
+    if convention not in EMPTY_CONVENTIONS:
+        return [f"convention must be one of {', '.join(EMPTY_CONVENTIONS)}, found {convention!r}"]
+    return []
 
 
 def _seed_problems(seeds: object) -> list[str]:
@@ -332,7 +387,10 @@ def _file_problems(content: Mapping[str, Any]) -> list[str]:
             problems += error.problems
     if problems:
         return problems
-    modalities = _modalities(content)
+    try:
+        modalities = _modalities(content)
+    except DataError as error:
+        return error.problems
     key = content.get("key_modality")
     if key is not None and key not in modalities:
         problems.append(f"key_modality must be one of {', '.join(modalities)}, found {key!r}")
@@ -356,13 +414,17 @@ def _unread(settings: Mapping[str, Any], files: Sequence[str], where: str) -> li
 
 def _modalities(content: Mapping[str, Any]) -> tuple[str, ...]:
     """The last word on ``modalities`` in the study's settings and configuration files."""
-    if "modalities" in (content.get("settings") or {}):
-        return tuple(content["settings"]["modalities"])
-    for file in reversed(content["config"]):
-        values = yaml.safe_load(find_file(file).read_text(encoding="utf-8"))
-        if "modalities" in values:
-            return tuple(values["modalities"])
-    raise DataError(["none of the study's configuration files names the modalities"])
+    files = [yaml.safe_load(find_file(file).read_text(encoding="utf-8")) for file in content["config"]]
+    said = [values["modalities"] for values in (*files, content.get("settings") or {}) if "modalities" in values]
+    modalities = said[-1] if said else None
+    if not isinstance(modalities, list) or not modalities:
+        raise DataError(
+            [
+                "modalities are not named by the configuration files: give the settings a list of them, "
+                f"such as modalities: [view1, view2], found {modalities!r}"
+            ]
+        )
+    return tuple(modalities)
 
 
 def _arm(name: str, values: Mapping[str, Any]) -> Arm:
@@ -372,6 +434,7 @@ def _arm(name: str, values: Mapping[str, Any]) -> Arm:
         tuple(values.get("overlays", ())),
         dict(values.get("settings", {})),
         dict(values.get("controls", {})),
+        _needs(values),
     )
 
 
@@ -386,4 +449,9 @@ def _chosen(everything: Mapping[str, Arm], reference: str, wanted: Sequence[str]
     unknown = [name for name in wanted if name not in everything]
     if unknown:
         raise DataError([f"study {path} has no arm {name}; it has {', '.join(everything)}" for name in unknown])
-    return {name: arm for name, arm in everything.items() if name in wanted or name == reference}
+    needs = {need for name in (reference, *wanted) for need in everything[name].needs}
+    return {
+        name: arm
+        for name, arm in everything.items()
+        if name in (reference, *wanted, *needs) or (NEEDS_ALONE in needs and name.startswith(ALONE))
+    }

@@ -93,3 +93,27 @@ def scored_cell(
             for m in modalities:
                 rows.append(score_row(f"{split}-{case:03d}", m, m, dict.fromkeys(regions, dice(case, m) / 2), **empty))
     return write_cell(folder, facts(arm, split, seed, modalities=list(modalities), **changes), rows)
+
+
+def accuracy_cell(
+    folder: Path,
+    arm: str,
+    split: str,
+    seed: int,
+    right: Callable[[int, str], bool],
+    *,
+    cases: int = 4,
+    modalities: Sequence[str] = MODALITIES,
+    classifiers: bool = False,
+) -> Path:
+    """Write a finished cell of a classification, which has no convention; ``right(case number, subset)``."""
+    rows = []
+    for case in range(cases):
+        names = [("fusion", subset) for subset in subsets(modalities)]
+        names += [(m, m) for m in modalities] if classifiers else []
+        for predictor, subset in names:
+            row = {"case": f"{case:03d}", "part": "test", "predictor": predictor, "subset": subset}
+            rows.append(row | {"accuracy": float(right(case, subset))})
+    cell = facts(arm, split, seed, modalities=list(modalities), score="accuracy")
+    del cell["convention"]
+    return write_cell(folder, cell, rows)

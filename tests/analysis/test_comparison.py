@@ -15,7 +15,7 @@ import pytest
 from monai_cggm.analysis.cells import CellKey, read_cells
 from monai_cggm.analysis.comparison import Comparison, compare, outcome, subset_groups, subsets_of, verdicts
 from monai_cggm.errors import DataError
-from tests.analysis.fake_cells import facts, score_row, scored_cell, write_cell
+from tests.analysis.fake_cells import accuracy_cell, facts, score_row, scored_cell, write_cell
 
 # What every subset of three modalities scores in the cells below, before what an arm, a seed or a case adds.
 DICE = {
@@ -117,6 +117,41 @@ def test_classifiers(comparison: Comparison) -> None:
     assert found["dice_TC_sd"] == pytest.approx(statistics.stdev([0.23, 0.24]))
     assert comparison.classifiers["modality"].tolist() == ["flair", "t1ce", "t2"] * 2
     assert not [column for column in comparison.classifiers if column.startswith("hd95")]
+
+
+def test_a_mean_over_samples_is_the_accuracy(tmp_path: Path) -> None:
+    """Joint is right in 6 of 10 samples with seed 0 and in 8 with seed 1, recipe in 9; from t2 alone nobody is."""
+    for seed, right in ((0, 6), (1, 8)):
+        accuracy_cell(tmp_path, "joint", "a", seed, lambda c, s, r=right: c < r and s != "t2", cases=10)
+        accuracy_cell(tmp_path, "recipe", "a", seed, lambda c, s: c < 9 and s != "t2", cases=10, classifiers=True)
+    study = a_study(score="accuracy")
+    del study["convention"]
+    comparison = compare(read_cells(tmp_path, score="accuracy"), study)
+    joint = row_of(comparison.full_set, arm="joint")
+    assert (joint["accuracy"], joint["cases"]) == (pytest.approx(0.7), 10)
+    assert joint["accuracy_sd"] == pytest.approx(statistics.stdev([0.6, 0.8]))
+    subsets = row_of(comparison.subsets, arm="joint")
+    assert (subsets["subsets"], subsets["worst"], subsets["worst_subset"]) == (pytest.approx(0.6), 0.0, "t2")
+    assert row_of(comparison.differences, arm="recipe", score="full")["difference"] == pytest.approx(20.0)
+    assert row_of(comparison.differences, arm="recipe", score="subsets")["difference"] == pytest.approx(120 / 7)
+    assert comparison.classifiers["accuracy"].tolist() == pytest.approx([0.9, 0.9, 0.0])
+    for table in (comparison.full_set, comparison.classifiers):
+        assert not [column for column in table if column.startswith(("dice", "hd95"))]
+
+
+def test_a_region_may_be_what_is_compared(tmp_path: Path) -> None:
+    for arm, dice in (("joint", 0.5), ("recipe", 0.6)):
+        rows = [score_row(case, "fusion", "flair", {"WT": dice, "ET": 1 - dice}) for case in "xy"]
+        write_cell(tmp_path, facts(arm, "a", 0, modalities=["flair"]), rows)
+    study = a_study(score="dice_ET", key_modality=None, seeds=[0])
+    found = row_of(compare(read_cells(tmp_path, score="dice_ET"), study).differences, arm="recipe", score="full")
+    assert found["difference"] == pytest.approx(-10.0)
+
+
+def test_cells_that_were_read_for_another_score_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, {("joint", "a", 0): 0.0})
+    with pytest.raises(DataError, match="score 'accuracy', which is no column"):
+        compare(read_cells(tmp_path), a_study(score="accuracy"))
 
 
 def test_outstanding_cells_are_named_and_others_not_counted(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
+from monai_cggm.analysis.cells import read_cells
+from monai_cggm.analysis.comparison import compare
+from monai_cggm.analysis.comparison_figures import subset_heat_map
 from monai_cggm.analysis.comparison_report import CONVENTION_NOTES, write_report
 from monai_cggm.analysis.pages import DASH, without_folders
 from monai_cggm.metrics import EMPTY_CONVENTIONS
-from tests.analysis.fake_cells import facts, scored_cell, subsets, write_cell
+from tests.analysis.fake_cells import accuracy_cell, facts, scored_cell, subsets, write_cell
 
 TITLE = "Does <script>alert('x')</script> help & $why$ | how?"
 FIGURES = ("figures/subsets.svg", "figures/differences.svg")
@@ -384,6 +387,55 @@ def test_other_regions_and_modalities(tmp_path: Path) -> None:
     header = next(table[0] for table in page.tables if "all subsets" in table[0])
     assert header == ["arm", "all subsets", "one missing (single)", "worst subset", "which"]
     assert list(pd.read_csv(tmp_path / "tables" / "subsets.csv").columns[-3:]) == subsets(("ct", "pet"))
+
+
+SIX = tuple(f"view{number}" for number in range(1, 7))
+
+
+def test_accuracy_of_six_modalities(tmp_path: Path) -> None:
+    """A case is right from a subset that has more modalities than the case's number; with recipe one fewer will do."""
+    for extra, arm in enumerate(("joint", "recipe")):
+        for seed in (0, 1):
+            accuracy_cell(
+                tmp_path, arm, "a", seed, lambda c, s, e=extra: s.count("+") + 1 + e > c, cases=6, modalities=SIX
+            )
+    study = a_study(splits=["a.json"], score="accuracy", key_modality=None, alone=False)
+    del study["convention"]
+    write_report(tmp_path, study | {"arms": {"joint": {}, "recipe": {}}})
+    page, markdown = texts(tmp_path)
+    for text in (page.text, markdown, *(attrs["alt"] for tag, attrs in page.tags if tag == "img")):
+        for word in ("Dice", "HD95", "volumes", "Empty regions", "convention"):
+            assert word not in str(text)
+    assert "Accuracy from 0 to 1." in page.text
+    assert "Paired differences of accuracy in points (accuracy × 100)." in page.text
+    assert "Mean accuracy (0 to 1) on the test cases" in page.text
+    tables = {tuple(table[0]): table for table in page.tables}
+    assert tables["arm", "accuracy", "splits", "seeds", "cases"][1][1] == "1.000 ± 0.000"
+    groups = tables[
+        (
+            "arm", "all subsets", "one missing", "two missing", "three missing", "four missing",
+            "five missing (single)", "worst subset", "which",
+        )
+    ]  # fmt: skip
+    assert groups[1][2:7] == [f"{given / 6:.3f} ± 0.000" for given in (5, 4, 3, 2, 1)]
+    assert tables["arm", *SIX][1:] == [["joint", *["0.167"] * 6], ["recipe", *["0.333"] * 6]]
+    written = pd.read_csv(tmp_path / "tables" / "subsets.csv")
+    assert list(written.columns[-63:]) == subsets(SIX)
+    assert written["view1+view4"].tolist() == pytest.approx([2 / 6, 3 / 6], abs=1e-6)
+
+
+@pytest.mark.parametrize(("modalities", "columns"), [(SIX[:4], 15), (SIX[:5], 2 + 4 + 1 + 5), (SIX, 2 + 5 + 1 + 6)])
+def test_the_heat_map_stays_readable(tmp_path: Path, modalities: tuple[str, ...], columns: int) -> None:
+    """A field holds one number, whose two digits after the point are drawn as shapes."""
+    accuracy_cell(tmp_path, "joint", "a", 0, lambda c, s: c < 2, cases=4, modalities=modalities)
+    study = a_study(splits=["a.json"], seeds=[0], score="accuracy", key_modality=None, alone=False, arms={"joint": {}})
+    study["reference"] = "joint"
+    comparison = compare(read_cells(tmp_path, score="accuracy"), study)
+    picture = subset_heat_map(comparison, study)
+    fields = re.findall(rb'<g id="QuadMesh_1">.*?</g>', picture.svg, flags=re.S)[0].count(b"<path")
+    assert fields == columns
+    assert ("one, two and so on" in picture.caption) == (len(modalities) > 4)
+    assert "Mean accuracy over cases, seeds and splits" in picture.caption
 
 
 def test_a_comparison_that_has_only_begun(tmp_path: Path) -> None:

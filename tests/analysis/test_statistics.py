@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from monai_cggm.analysis.statistics import paired_bootstrap, paired_p, seed_mean
+from monai_cggm.analysis.statistics import _drawn_deviations, _draws, paired_bootstrap, paired_p, seed_mean
 
 #: 97.5 % quantiles of Student's t by degrees of freedom, from a printed table.
 T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 11: 2.2010}
@@ -171,6 +171,33 @@ def test_values_that_are_missing_are_left_out() -> None:
     assert interval.mean == pytest.approx(np.nanmean(values))
     assert interval.cases == 6
     assert interval.low < interval.mean < interval.high
+
+
+def test_draws_in_parts_are_those_of_one_go() -> None:
+    generator = np.random.default_rng(3)
+    expected = [generator.multinomial(n, np.full(n, 1 / n), size=2500) for n in (300, 5, 7, 2)]
+    drawn = [counts for pair in _draws(((300, 5), (7, 2)), 2500, 3) for counts in pair]
+    for one, other in zip(drawn, expected, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_deviations_of_draws_with_values_missing() -> None:
+    """Draw by draw, with each value as often as its row and its column were drawn."""
+    values = np.random.default_rng(0).normal(0, 1, (6, 3))
+    values[[0, 2, 5], [1, 0, 0]] = np.nan
+    ((rows, columns),) = _draws((values.shape,), 1200, 5)
+    by_rows, by_columns, by_both = _drawn_deviations(values, rows, columns)
+
+    def mean(of_rows: np.ndarray, of_columns: np.ndarray) -> float:
+        return float(np.nanmean(np.repeat(np.repeat(values, of_rows, axis=0), of_columns, axis=1)))
+
+    for draw in (0, 7, 999, 1000, 1199):
+        of_rows = mean(rows[draw], np.ones(3, dtype=int)) - mean(np.ones(6, dtype=int), np.ones(3, dtype=int))
+        of_columns = mean(np.ones(6, dtype=int), columns[draw]) - np.nanmean(values)
+        assert by_rows[draw] == pytest.approx(of_rows)
+        assert by_columns[draw] == pytest.approx(of_columns)
+        both = mean(rows[draw], columns[draw]) - np.nanmean(values)
+        assert by_both[draw] == pytest.approx(both - of_rows - of_columns)
 
 
 def test_bootstrap_of_nothing_of_one_case_and_of_no_spread() -> None:

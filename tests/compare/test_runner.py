@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 import yaml
 
 from monai_cggm.compare import read_study, run_study, runner
-from monai_cggm.compare.cell import _last_words, facts_of
+from monai_cggm.compare.cell import _TEACHERS, _last_words, facts_of
+from monai_cggm.data import split_cases
 from monai_cggm.errors import DataError
+from monai_cggm.resources import share_path
 from tests.compare.test_study import written
 
 #: what the data hold
@@ -52,7 +55,11 @@ class Bundle:
             resources |= {"classifier_parameters": 0, "device": "cpu", "threads": 1}
             (run_dir / "resources.json").write_text(json.dumps(resources))
             (run_dir / "checkpoints").mkdir(exist_ok=True)
+            self.trained(run_dir, settings)
         return 0
+
+    def trained(self, run_dir, settings):
+        """What else a training leaves behind."""
 
     def score(self, run_dir, settings):
         folder = run_dir / f"{settings['part']}_subsets"
@@ -284,6 +291,217 @@ def test_members_first_then_their_ensemble(tmp_path):
     assert first.startswith("c,test,fusion,t1,")
 
 
+class Networks(Bundle):
+    """Leaves a model.pt behind, which says whose it is."""
+
+    def trained(self, run_dir, settings):
+        (run_dir / "model.pt").write_text(f"{run_dir.parent.name} {settings['seed']}")
+
+
+@pytest.fixture
+def needy(tmp_path):
+    """An arm that needs the networks alone, and one that needs the reference too; no ensemble: t2 is not among them."""
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    arms = {"joint": None, "umt": {"needs": "alone"}, "blending": {"needs": ["alone", "joint"]}, "plain": None}
+    return written(
+        tmp_path,
+        alone=True,
+        splits=[str(tmp_path / "part.json")],
+        seeds=[3, 4],
+        settings={"modalities": ["t1", "t2"]},
+        arms=arms,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_ensembles(monkeypatch, request):
+    """Its members are no networks in tests of what needs them."""
+    if "needy" in request.fixturenames:
+        monkeypatch.setattr(runner, "_members_are_done", lambda *_: False)
+
+
+def test_an_arm_gets_the_networks_that_it_needs(needy, tmp_path):
+    bundle = Networks()
+    facts = run(read_study(needy), tmp_path, bundle)
+    assert {f["status"] for f in facts} == {"done"}
+    trained = [(arm, seed) for arm, seed, what, *_ in bundle.calls if what == "train"]
+    # it begins as soon as the last that it needs has ended, and not after everything else
+    assert trained == [
+        *[("joint", 3), ("plain", 3), ("alone_t1", 3), ("alone_t2", 3), ("umt", 3), ("blending", 3)],
+        *[("joint", 4), ("plain", 4), ("alone_t1", 4), ("alone_t2", 4), ("umt", 4), ("blending", 4)],
+    ]
+    teachers = tmp_path / "out/runs/blending/part-seed4/teachers"
+    found = {path.parent.name: path.read_text() for path in teachers.rglob("model.pt")}
+    assert found == {"t1": "alone_t1 4", "t2": "alone_t2 4", "joint": "joint 4"}
+    assert {p.name for p in (tmp_path / "out/runs/umt/part-seed3/teachers").iterdir()} == {"t1", "t2"}
+    cell = facts_of(tmp_path / "out/cells/umt/part-seed3")
+    assert cell["needs"] == ["alone"]
+    assert str(tmp_path) not in (tmp_path / "out/runs/umt/part-seed3/plan.json").read_text()
+    assert "needs" not in facts_of(tmp_path / "out/cells/joint/part-seed3")
+    again = Networks()
+    assert len(run(read_study(needy), tmp_path, again)) == 12
+    assert again.calls == []
+
+
+@pytest.mark.parametrize("name", ["umt", "g_blending"])
+def test_the_overlays_look_where_the_networks_are_put(name):
+    """The contract with the methods that need them."""
+    overlay = yaml.safe_load(share_path(f"configs/methods/{name}.yaml").read_text("utf-8"))
+    assert overlay["teacher_runs"] == f"$@run_dir + '/{_TEACHERS}/{{modality}}'"
+
+
+def test_side_by_side_an_arm_waits_for_what_it_needs(needy, tmp_path):
+    """Networks alone take long; the arm without needs begins before them, and those that need them after them."""
+    events = []
+
+    def before(settings):
+        arm = Path(settings["run_dir"]).parent.name
+        events.append((arm, settings["seed"]))
+        time.sleep(0.3 if arm.startswith("alone") else 0.0)
+
+    facts = run_study(read_study(needy), tmp_path, tmp_path / "out", launch=Networks(before=before), jobs=3)
+    assert [f["error"] for f in facts] == [None] * 12
+    for seed in (3, 4):
+        members = [max(i for i, event in enumerate(events) if event == (f"alone_{m}", seed)) for m in ("t1", "t2")]
+        for arm in ("umt", "blending"):
+            assert events.index((arm, seed)) > max(members)
+    assert events.index(("umt", 3)) < len(events) - 6
+
+
+def test_an_arm_whose_needs_fail_fails_with_the_reason_and_is_tried_again(needy, tmp_path):
+    study = read_study(needy)
+    facts = run(study, tmp_path, Networks(fail={"alone_t1"}))
+    failed = {f["arm"]: f["error"] for f in facts if f["status"] == "failed" and f["seed"] == 3}
+    assert set(failed) == {"alone_t1", "umt", "blending"}
+    assert failed["umt"] == (
+        "DataError: it needs alone_t1/part-seed3, which is failed: "
+        "RuntimeError: lr is wrong in OUT/runs/alone_t1/part-seed3"
+    )
+    assert {f["arm"] for f in facts if f["status"] == "done"} == {"joint", "plain", "alone_t2"}
+    again = Networks()
+    assert {f["status"] for f in run(study, tmp_path, again)} == {"done"}
+    assert {arm for arm, *_ in again.calls} == {"alone_t1", "umt", "blending"}
+
+
+def test_cells_that_were_kept_without_their_runs_are_named(needy, tmp_path):
+    study = read_study(needy, arms=["alone_t1", "alone_t2"])
+    run(study, tmp_path, Networks())
+    shutil.rmtree(tmp_path / "out/runs")
+    facts = run(read_study(needy, seeds=[3]), tmp_path, Networks())
+    error = next(f["error"] for f in facts if f["arm"] == "umt")
+    assert error.startswith(
+        "DataError: 2 problems: it needs runs/alone_t1/part-seed3/model.pt, and there is no such file"
+    )
+    assert "remove cells/alone_t2/part-seed3 and start again, which trains it anew" in error
+    for modality in ("t1", "t2"):
+        shutil.rmtree(tmp_path / f"out/cells/alone_{modality}/part-seed3")
+    shutil.rmtree(tmp_path / "out/cells/joint/part-seed3")
+    assert {f["status"] for f in run(read_study(needy, seeds=[3]), tmp_path, Networks())} == {"done"}
+
+
+def test_a_cell_that_was_begun_goes_on_with_the_networks_that_it_was_given(needy, tmp_path):
+    study = read_study(needy, seeds=[3])
+    run(study, tmp_path, Networks(fail={"umt"}))
+    (tmp_path / "out/runs/alone_t1/part-seed3/model.pt").write_text("another")
+    run(study, tmp_path, Networks())
+    assert (tmp_path / "out/runs/umt/part-seed3/teachers/t1/model.pt").read_text() == "alone_t1 3"
+
+
+def test_an_ensemble_without_the_runs_of_its_members_says_so(tmp_path):
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    changes = {"alone": True, "splits": [str(tmp_path / "part.json")], "seeds": [0], "arms": {"joint": None}}
+    facts = run(read_study(written(tmp_path, **changes)), tmp_path, Bundle())  # which writes no model.pt
+    error = next(f["error"] for f in facts if f["arm"] == "ensemble")
+    assert "it needs runs/alone_t1ce/part-seed0/model.pt, and there is no such file" in error
+
+
+class Classification(Bundle):
+    """Scores samples, and validates by accuracy."""
+
+    columns = ("case", "predictor", "truth", "prediction", "accuracy")
+
+    def trained(self, run_dir, settings):
+        epochs = "epoch,iteration,train/epoch_loss,validation/val_accuracy,validation/loss\n"
+        epochs += "1,5,1.0,0.25,9\n2,10,0.5,0.5,8\n3,15,0.4,0.75,7\n4,20,0.3,0.5,6\n"
+        (run_dir / "epochs.csv").write_text(epochs)
+
+    def score(self, run_dir, settings):
+        assert "convention" not in settings
+        folder = run_dir / f"{settings['part']}_subsets"
+        folder.mkdir()
+        with (folder / "cases.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(self.columns)
+            rows.writerow(["007", "fusion", 3, 3, 1][: len(self.columns)])
+            rows.writerow(["007", "t2", 3, 8, 0][: len(self.columns)])
+
+
+def test_a_classification_is_kept_by_its_accuracy(tmp_path):
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    path = written(tmp_path, score="accuracy", splits=[str(tmp_path / "part.json")], seeds=[0], arms={"joint": None})
+    run(read_study(path), tmp_path, Classification())
+    folder = tmp_path / "out/cells/joint/part-seed0"
+    assert (folder / "scores.csv").read_text().splitlines() == [
+        "case,part,predictor,subset,accuracy",
+        "007,test,fusion,flair+t1ce+t1+t2,1.0000",
+        "007,test,t2,t2,0.0000",
+    ]
+    cell = facts_of(folder)
+    assert (cell["best_epoch"], cell["validations"]) == (3, 4)
+    assert cell["score"] == "accuracy"
+    assert "convention" not in cell
+    other = read_study(written(tmp_path, splits=[str(tmp_path / "part.json")], seeds=[0], arms={"joint": None}))
+    with pytest.raises(DataError, match="convention was None, is brats_legacy"):
+        run(other, tmp_path, Bundle())
+
+
+def test_a_score_that_the_scoring_does_not_write_is_named(tmp_path):
+    class Less(Classification):
+        columns = ("case", "predictor", "truth", "prediction")
+
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    path = written(tmp_path, score="accuracy", splits=[str(tmp_path / "part.json")], seeds=[0], arms={"joint": None})
+    (facts,) = run(read_study(path), tmp_path, Less())
+    assert facts["error"] == (
+        "DataError: test_subsets/cases.csv has no accuracy, found case, predictor, truth, prediction"
+    )
+
+
+def test_cells_of_before_have_the_plan_of_a_dice_study(study, tmp_path):
+    """What an older version wrote is neither run again nor refused."""
+    run(study, tmp_path, Bundle())
+    keys = "arm split seed overlays settings config evaluation cases part convention configuration"
+    assert list(facts_of(tmp_path / "out/cells/joint/part-seed0"))[:11] == keys.split()
+
+
+def test_cases_and_a_drawn_split_are_those_of_the_bundle(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the stand-in for the cases
+    (tmp_path / "train.yaml").write_text(
+        "modalities: [t1, t2]\nseed: 9\nsplit_sizes: null\nsplit_file: nowhere.json\ndataset_dir: null\nepochs: 1\n"
+        "cases: \"$[{'case': @dataset_dir + str(i)} for i in range(8)]\"\n"
+        "split: {_target_: monai_cggm.data.split_cases, cases: '@cases', sizes: '@split_sizes', seed: '@seed',\n"
+        "  split_file: '@split_file'}\n"
+    )
+    changes = {"config": [str(tmp_path / "train.yaml")], "arms": {"joint": None}, "seeds": [0]}
+    study = read_study(written(tmp_path, **changes, settings={"split_sizes": [4, 3, 1]}))
+    assert [case["case"] for case in runner._cases(study, "s")] == [f"s{i}" for i in range(8)]
+    run_study(study, "s", tmp_path / "out", launch=Bundle(), jobs=1)
+    drawn = json.loads((tmp_path / "out/split.json").read_text())
+    assert [len(drawn[part]) for part in ("train", "validation", "test")] == [4, 3, 1]
+    assert drawn["seed"] == 0
+    cases = [{"case": f"s{i}"} for i in range(8)]
+    expected = split_cases(cases, sizes=[4, 3, 1], seed=0)
+    assert drawn["test"] == [case["case"] for case in expected["test"]]
+
+
+def test_bad_data_are_told_plainly_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    bundle = Bundle()
+    with pytest.raises(DataError, match="nowhere"):
+        run_study(read_study(written(tmp_path, seeds=[0])), tmp_path / "nowhere", tmp_path / "out", launch=bundle)
+    assert bundle.calls == []
+
+
 def test_no_ensemble_without_all_of_its_members(tmp_path):
     (tmp_path / "part.json").write_text(json.dumps(SPLIT))
     path = written(tmp_path, alone=True, splits=[str(tmp_path / "part.json")], seeds=[0], arms={"joint": None})
@@ -321,7 +539,7 @@ def test_a_comparison_that_is_told_to_end_takes_its_cells_with_it(study, tmp_pat
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     child = tmp_path / "child"
-    for _ in range(300):
+    for _ in range(1200):  # a busy machine takes long to import
         if child.is_file() and child.read_text().strip():
             break
         time.sleep(0.1)

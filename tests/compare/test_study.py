@@ -58,10 +58,10 @@ def test_a_study_is_every_arm_on_every_split_with_every_seed(tmp_path):
 
 
 def test_arms_seeds_and_settings_from_the_command_line(tmp_path):
-    study = read_study(written(tmp_path), arms=["recipe"], seeds=[7], settings={"epochs": 9, "lam": 0.0})
+    study = read_study(written(tmp_path), arms=["recipe"], seeds=[7], settings={"epochs": 9, "momentum": 0.0})
     assert list(study.arms) == ["joint", "recipe"]
     assert study.seeds == (7,)
-    assert study.settings == {"epochs": 9, "lam": 0.0}
+    assert study.settings == {"epochs": 9, "momentum": 0.0}
     assert study.described()["arms"]["recipe"]["controls"] == {"uniform": "joint"}
 
 
@@ -78,13 +78,89 @@ def test_each_modality_alone_and_their_ensemble(tmp_path):
     assert not read_study(written(tmp_path, alone=True), arms=["recipe"]).alone
 
 
+def needing(**needs):
+    arms = {"joint": None, "umt": {"needs": "alone"}, "blending": {"needs": ["alone", "joint"]}, "plain": None}
+    return {"alone": True, "arms": {name: {**(arms[name] or {}), **needs.get(name, {})} for name in arms}}
+
+
+def test_an_arm_brings_in_what_it_needs(tmp_path):
+    path = written(tmp_path, **needing(), settings={"modalities": ["t1", "t2"]})
+    study = read_study(path, arms=["umt"])
+    assert list(study.arms) == ["joint", "umt", "alone_t1", "alone_t2"]
+    assert study.alone
+    other = written(tmp_path, **needing(), settings={"modalities": ["t1", "t2"]}, reference="plain")
+    assert list(read_study(other, arms=["blending"]).arms) == ["joint", "blending", "plain", "alone_t1", "alone_t2"]
+    cells = {cell.arm.name: cell for cell in read_study(path, seeds=[4]).cells([Path("s.json")])}
+    needed = {name: {key: c.folder for key, c in study.needed_by(cells[name]).items()} for name in ("umt", "joint")}
+    assert needed == {"umt": {"t1": "alone_t1/s-seed4", "t2": "alone_t2/s-seed4"}, "joint": {}}
+    needed = {key: c.folder for key, c in study.needed_by(cells["blending"]).items()}
+    assert needed == {"t1": "alone_t1/s-seed4", "t2": "alone_t2/s-seed4", "joint": "joint/s-seed4"}
+    described = study.described()["arms"]
+    assert (described["umt"]["needs"], "needs" in described["joint"]) == (["alone"], False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({**needing(), "alone": False}, "umt needs one network a modality, which a study has with alone: true"),
+        (needing(umt={"needs": "joined"}), "umt needs 'joined', which is neither another arm nor alone"),
+        (needing(umt={"needs": ["umt"]}), "umt needs 'umt', which is neither another arm nor alone"),
+        (needing(plain={"needs": ["umt"]}), "plain needs umt, which needs others itself"),
+        (needing(umt={"needs": 3}), "umt: needs must be alone, or a list of that and arms, found 3"),
+        ({"arms": {"joint": None, "alone": None}}, "arm alone is reserved"),
+    ],
+)
+def test_refuses_needs_that_cannot_be_met(tmp_path, changes, message):
+    assert message in "\n".join(problems(written(tmp_path, **changes)))
+
+
+def test_another_score_than_dice(tmp_path):
+    study = read_study(written(tmp_path, score="accuracy"))
+    assert study.score == "accuracy"
+    assert study.described()["score"] == "accuracy"
+    assert "convention" not in study.described()
+    dice = read_study(written(tmp_path)).described()
+    assert (dice["score"], dice["convention"]) == ("dice_mean", "brats_legacy")
+    # a study over one of Dice takes its convention back
+    base = written(tmp_path, convention="monai")
+    (tmp_path / "other.yaml").write_text(f"base: {base}\nscore: accuracy\nconvention: null\n")
+    assert read_study(tmp_path / "other.yaml").score == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "absolute_error"}, "score must be a column from 0 to 1 of which more is better"),
+        ({"score": "hd95_WT"}, "score must be a column from 0 to 1 of which more is better"),
+        ({"score": ["accuracy"]}, "score must be a column from 0 to 1 of which more is better"),
+        ({"score": "accuracy", "convention": "monai"}, "convention is for Dice and says nothing of accuracy"),
+    ],
+)
+def test_refuses_scores(tmp_path, changes, message):
+    assert message in "\n".join(problems(written(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize("left_open", ["null", "$found_in(@dataset_dir)"])
+def test_modalities_that_the_configuration_leaves_open_come_from_the_settings(tmp_path, left_open):
+    (tmp_path / "train.yaml").write_text(f"modalities: {left_open}\nepochs: 3\nseed: 0\n")
+    changes = {"config": [str(tmp_path / "train.yaml")], "arms": {"joint": None}, "alone": True}
+    (message,) = problems(written(tmp_path, **changes))
+    assert "modalities are not named by the configuration files: give the settings a list of them" in message
+    assert str(tmp_path / "study.yaml") in message
+    study = read_study(written(tmp_path, **changes, settings={"modalities": ["view1", "view2"]}))
+    assert study.modalities == ("view1", "view2")
+    assert list(study.arms) == ["joint", "alone_view1", "alone_view2"]
+    assert study.key_modality is None
+
+
 def test_a_study_over_another_one(tmp_path):
     base = written(tmp_path)
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"base": str(base), "seeds": [5], "settings": {"lam": 0.2}}))
+    changed = {"base": str(base), "seeds": [5], "settings": {"momentum": 0.2}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(changed))
     study = read_study(tmp_path / "other.yaml")
     assert list(study.arms) == ["joint", "recipe", "plain"]
     assert study.seeds == (5,)
-    assert study.settings == {"lam": 0.2}  # a key is replaced as a whole
+    assert study.settings == {"momentum": 0.2}  # a key is replaced as a whole
 
 
 def test_bases_of_bases_and_circles(tmp_path):
@@ -142,7 +218,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         ({"arms": {"joint": {"overlays": ["configs/nowhere.yaml"]}}}, "no file configs/nowhere.yaml"),
         ({"key_modality": "t1c"}, "key_modality must be one of flair, t1ce, t1, t2, found 't1c'"),
         ({"settings": {"epochz": 3}}, "the settings has 'epochz', which is in none of the configuration files"),
-        ({"arms": {"joint": {"settings": {"full_share": 0.5}}}}, "arm joint has 'full_share'"),
+        ({"arms": {"joint": {"settings": {"rho": 0.5}}}}, "arm joint has 'rho'"),
     ],
 )
 def test_refuses(tmp_path, changes, message):
