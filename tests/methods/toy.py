@@ -37,7 +37,9 @@ class MaskedNetwork(ToyNetwork):
     """The like, told which modalities are there: the features of the others are zero."""
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        return self.fuse({m: e(x[:, i : i + 1]) for i, (m, e) in enumerate(self.encoders.items())}, x.shape[2:], present)
+        return self.fuse(
+            {m: e(x[:, i : i + 1]) for i, (m, e) in enumerate(self.encoders.items())}, x.shape[2:], present
+        )
 
     def fuse(self, outputs: dict[str, Tensor], size: Sequence[int], present: Tensor | None = None) -> Tensor:
         features = torch.stack([outputs[m] for m in self.encoders], dim=1)
