@@ -23,6 +23,7 @@ from monai_cggm.handlers.checkpoint import unwrapped
 from monai_cggm.handlers.clip import unscale_once
 from monai_cggm.methods.capture import Capture, detached, let_in
 from monai_cggm.methods.direction import cosines, head_gradient
+from monai_cggm.methods.samples import mask_in, mean_loss, rows_with
 from monai_cggm.metrics.epsilon import Epsilon, RegionDice
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class UnimodalObserver:
         head: nn.Module | None = None,
         classifier_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        _refuse_compiled(network)
+        refuse_compiled(network)
         plain, plain_classifiers = unwrapped(network), unwrapped(classifiers)
         self.network = network
         self.classifiers = classifiers
@@ -196,7 +197,7 @@ class UnimodalObserver:
                 f"accumulation_steps={engine.accumulation_steps}: BACKWARD_COMPLETED fires on every mini-batch, and "
                 "scaling accumulated gradients each time would compound; use accumulation_steps=1 and a larger batch"
             )
-        _refuse_compiled(engine.network)
+        refuse_compiled(engine.network)
         optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
         for name, module in {**self.encoders, "classifiers": self.classifiers}.items():
             if not any(id(p) in optimized for p in module.parameters()):
@@ -219,8 +220,8 @@ class UnimodalObserver:
             output[CommonKeys.PRED][:samples],
             output[CommonKeys.LABEL][:samples],
             self.loss_function or engine.loss_function,
-            _mask(engine.state.batch, PRESENT, samples),
-            _mask(engine.state.batch, FUSED, samples),
+            mask_in(engine.state.batch, PRESENT, samples),
+            mask_in(engine.state.batch, FUSED, samples),
         )
         self._features.active = self._heads.active = False
         self._add_scalars("loss", step.losses.detach())
@@ -279,8 +280,8 @@ class UnimodalObserver:
             ]
             raise RuntimeError(f"these parts did not run in the training step's forward pass: {', '.join(parts)}")
         predictions = self._classify(target)
-        seen = [_rows_with(p, target, present, i) for i, p in enumerate(predictions)]
-        losses = torch.stack([_mean_loss(loss_function, *pair) for pair in seen])
+        seen = [rows_with(p, target, present, i) for i, p in enumerate(predictions)]
+        losses = torch.stack([mean_loss(loss_function, *pair) for pair in seen])
         with torch.no_grad():
             epsilon = self._measure(predictions if present is None else None, seen, target)
         before = torch.zeros_like(epsilon) if self.epsilon is None else self.epsilon.to(epsilon)
@@ -399,28 +400,6 @@ def needs_observer(observer: object, part: object) -> None:
         )
 
 
-def _mask(batch: Any, key: str, samples: int) -> Tensor | None:
-    """A mask of modalities in the batch, the rows of the samples as they are; None where nothing is left out."""
-    mask = batch.get(key) if isinstance(batch, Mapping) else None
-    return None if mask is None or bool(mask[:samples].all()) else mask[:samples].bool().cpu()
-
-
-def _rows_with(prediction: Tensor, target: Tensor, present: Tensor | None, modality: int) -> tuple[Tensor, Tensor]:
-    """Prediction and target of the samples that have this modality."""
-    if present is None:
-        return prediction, target
-    rows = present[:, modality].nonzero().squeeze(1).to(target.device)
-    return prediction[rows], target[rows]
-
-
-def _mean_loss(loss_function: Callable[..., Tensor], prediction: Tensor, target: Tensor) -> Tensor:
-    if len(target):
-        return loss_function(prediction, target).mean()
-    if idist.get_world_size() > 1:  # take part in what the loss adds over the ranks, which it does where autograd is on
-        loss_function(prediction.detach(), target)
-    return prediction.sum()  # the mean over no sample is not a number
-
-
 def _mean_over_ranks(local: Tensor) -> Tensor:
     """Give every rank the mean of a gradient, and keep the local graph.
 
@@ -434,7 +413,12 @@ def _mean_over_ranks(local: Tensor) -> Tensor:
     return local + (mean - local).detach()
 
 
-def _refuse_compiled(network: nn.Module) -> None:
+def refuse_compiled(network: nn.Module) -> None:
+    """Refuse a network that is compiled as a whole.
+
+    Raises:
+        ValueError: if it, or the network inside of ``DistributedDataParallel``, is.
+    """
     inner = getattr(network, "module", network)  # of DistributedDataParallel
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (network, inner)):
         raise ValueError(

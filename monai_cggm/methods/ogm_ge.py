@@ -12,8 +12,9 @@ import torch
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
-from monai_cggm.methods.base import Step, _rows_with
+from monai_cggm.methods.base import Step
 from monai_cggm.methods.likelihood import ProbabilityOfTruth
+from monai_cggm.methods.samples import rows_with
 from monai_cggm.methods.steering import Steering
 from monai_cggm.metrics.epsilon import Epsilon
 
@@ -162,7 +163,7 @@ class OGMGE(Steering):
         return torch.ones_like(ratios) if self._over else ogm_coefficients(ratios, self.alpha)
 
     def _scores(self, step: Step) -> Tensor:
-        seen = [_rows_with(p, step.target, step.present, i) for i, p in enumerate(step.predictions)]
+        seen = [rows_with(p, step.target, step.present, i) for i, p in enumerate(step.predictions)]
         sums = torch.cat([self._probability.sums([p], t) for p, t in seen])
         if idist.get_world_size() > 1:
             sums = torch.as_tensor(idist.all_reduce(sums))

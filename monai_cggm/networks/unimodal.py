@@ -11,6 +11,7 @@ from monai.networks.blocks.convolutions import Convolution
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
+from monai_cggm.batches import Inputs, spatial_size
 from monai_cggm.networks.deeplab import (
     DeepLabV3PlusEncoder,
     NormName,
@@ -19,6 +20,7 @@ from monai_cggm.networks.deeplab import (
     upsample,
     upsample_logits,
 )
+from monai_cggm.networks.late import LateFusion
 from monai_cggm.networks.segmenter import MultimodalSegmenter
 
 Features = tuple[Tensor, Tensor]
@@ -169,9 +171,15 @@ class UnimodalClassifiers(nn.Module):
 class FusionAndUnimodal(nn.Module):
     """Network and classifiers in one pass, each encoder run once: for validation.
 
+    A :class:`LateFusion` needs no classifiers: the networks in it predict from one modality each.
+
     Args:
-        network: has ``encoders``, an ``nn.ModuleDict``.
-        classifiers: take the encoders' outputs and the image's size, and return a dict of logits.
+        network: has ``encoders``, an ``nn.ModuleDict``; or a :class:`LateFusion`.
+        classifiers: take the encoders' outputs and the image's size, and return a dict of logits; None for a
+            :class:`LateFusion`.
+
+    Raises:
+        ValueError: for a network without classifiers that is no :class:`LateFusion`, or one with classifiers that is.
 
     Example:
         >>> import torch
@@ -182,19 +190,37 @@ class FusionAndUnimodal(nn.Module):
     """
 
     network: nn.Module
-    classifiers: nn.Module
+    classifiers: nn.Module | None
 
-    def __init__(self, network: nn.Module, classifiers: nn.Module) -> None:
+    def __init__(self, network: nn.Module, classifiers: nn.Module | None = None) -> None:
         super().__init__()
+        refuse_classifiers(network, classifiers)
+        if classifiers is None and not isinstance(network, LateFusion):
+            raise ValueError(
+                f"{type(network).__name__} needs classifiers for its modalities: only a LateFusion is without"
+            )
         self.network = network
         self.classifiers = classifiers
 
-    def forward(self, x: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
-        """Segment ``x`` ``(B, M, *S)``; see :class:`MultimodalSegmenter` for ``present``.
+    def forward(self, x: Inputs, present: Tensor | None = None) -> dict[str, Tensor]:
+        """Predict from all modalities and from each.
+
+        Args:
+            x: an image ``(B, M, *S)``, or a dictionary of tensors by modality.
+            present: boolean ``(B, M)``; see :class:`MultimodalSegmenter`.
 
         Returns:
-            ``fusion`` and each modality that some sample has → logits ``(B, num_classes, *S)``.
+            ``fusion`` and each modality that some sample has → logits ``(B, K, *S)``.
         """
+        if isinstance(self.network, LateFusion):
+            unimodal = self.network.members(x)
+            terms = self.network.terms(list(unimodal.values()))
+            fusion = self.network.decode(terms, spatial_size(x), present)
+        else:
+            fusion, unimodal = self._with_classifiers(x, present)
+        return {"fusion": fusion, **of_present(unimodal, present)}
+
+    def _with_classifiers(self, x: Inputs, present: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         features: dict[str, Any] = {}
         handles = [
             encoder.register_forward_hook(lambda _module, _args, output, name=name: features.update({name: output}))
@@ -205,8 +231,19 @@ class FusionAndUnimodal(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        unimodal = self.classifiers(features, x.shape[2:])
-        if present is not None:
-            there = dict(zip(features, present.any(dim=0).tolist(), strict=True))
-            unimodal = {name: logits for name, logits in unimodal.items() if there[name]}
-        return {"fusion": fusion, **unimodal}
+        assert self.classifiers is not None
+        return fusion, self.classifiers(features, spatial_size(x))
+
+
+def of_present(unimodal: Mapping[str, Tensor], present: Tensor | None) -> dict[str, Tensor]:
+    """Leave out the predictions of modalities that no sample has; ``present`` is ``(B, M)`` in their order."""
+    if present is None:
+        return dict(unimodal)
+    there = dict(zip(unimodal, present.any(dim=0).tolist(), strict=True))
+    return {name: logits for name, logits in unimodal.items() if there[name]}
+
+
+def refuse_classifiers(network: nn.Module, classifiers: nn.Module | None) -> None:
+    """Refuse classifiers beside a :class:`LateFusion`, whose networks already predict from one modality each."""
+    if classifiers is not None and isinstance(network, LateFusion):
+        raise ValueError("a LateFusion has a network for each modality and takes no classifiers: give None")

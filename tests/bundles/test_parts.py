@@ -13,7 +13,7 @@ from monai.data import set_track_meta
 
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.errors import users_error
-from monai_cggm.networks import UnimodalEnsemble, modality_subsets, subset_predictor
+from monai_cggm.networks import LateFusion, MultimodalSegmenter, modality_subsets, subset_predictor
 from tests.bundles.running import NETWORK, TINY, run, workflow
 from tests.handlers.test_resume import assert_equal
 
@@ -240,13 +240,14 @@ def test_every_subset_of_the_sequences_is_scored(plain, cases):
 
 def test_an_ensemble_of_networks_of_one_sequence_is_scored(cases, tmp_path):
     arguments = {key: SMALL[key] for key in NETWORK}
-    ensemble = UnimodalEnsemble.of_modalities(MODALITIES, num_classes=4, **arguments)
+    ensemble = LateFusion.of_modalities(MODALITIES, MultimodalSegmenter, num_classes=4, **arguments)
     torch.save({"model": ensemble.state_dict(), "epoch": 1}, tmp_path / "model.pt")
     shutil.copy(cases / "split.json", tmp_path / "split.json")
     overlays = ("methods/ensemble.yaml", "evaluate.yaml", "protocols/subsets.yaml")
     run("train.yaml", *overlays, **of(cases, tmp_path, part="test"))
     scores = pd.read_csv(tmp_path / "test_subsets/cases.csv")
-    assert scores["predictor"].tolist() == [subset_predictor(s, MODALITIES) for s in modality_subsets(MODALITIES)]
+    names = [subset_predictor(subset, MODALITIES) for subset in modality_subsets(MODALITIES)]
+    assert scores["predictor"].tolist() == [*names, *MODALITIES]
 
 
 @pytest.fixture(scope="module")

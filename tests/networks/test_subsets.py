@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions from every subset of the modalities, and the ensemble of networks of one modality each."""
+"""Predictions from every subset of the modalities."""
 
-import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
 
 from monai_cggm.inferers import VolumeInferer
 from monai_cggm.networks import (
     FusionAndUnimodal,
+    LateFusion,
     MultimodalSegmenter,
     Subsets,
     UnimodalClassifiers,
-    UnimodalEnsemble,
     modality_subsets,
     subset_masks,
     subset_predictor,
@@ -125,55 +123,95 @@ def test_volumes_keep_the_order_of_the_subsets():
 @pytest.mark.parametrize("size", [(32, 32), (19, 45)])
 @pytest.mark.parametrize("modalities", [1, 2, 4])
 def test_encode_and_decode_are_the_forward_pass(modalities, size):
-    for network in (
-        small(FOUR[:modalities]),
-        UnimodalEnsemble.of_modalities(FOUR[:modalities], num_classes=3, **SMALL),
-    ):
-        network.eval()
-        x = torch.randn(2, modalities, *size)
-        present = torch.ones(2, modalities, dtype=torch.bool)
-        present[0, 1:] = False
-        with torch.no_grad():
-            features = network.encode(x)
-            assert torch.equal(network.decode(features, list(size)), network(x))
-            assert torch.equal(network.decode(features, list(size), present), network(x, present))
+    network = small(FOUR[:modalities])
+    x = torch.randn(2, modalities, *size)
+    present = torch.ones(2, modalities, dtype=torch.bool)
+    present[0, 1:] = False
+    with torch.no_grad():
+        features = network.encode(x)
+        assert torch.equal(network.decode(features, list(size)), network(x))
+        assert torch.equal(network.decode(features, list(size), present), network(x, present))
 
 
+@pytest.mark.parametrize("combine", ["probabilities", "sum", "energy"])
 @pytest.mark.parametrize("modalities", [2, 3, 4])
-def test_the_ensemble_is_the_mean_of_probabilities(modalities):
+def test_late_fusion_has_its_subsets_and_its_networks(modalities, combine):
     names = FOUR[:modalities]
-    ensemble = UnimodalEnsemble({name: small([name]) for name in names}).eval()
-    x = torch.randn(3, modalities, 21, 32)
-    masks = [None, torch.tensor([[i == case % modalities or i == 0 for i in range(modalities)] for case in range(3)])]
-    masks += [mask.expand(3, -1) for mask in subset_masks(names)]
+    network = LateFusion({name: small([name]) for name in names}, combine)
+    runs = []
+    for member in network.networks.values():
+        member.register_forward_hook(lambda _m, _args, _o: runs.append(1))
+    x = torch.randn(2, modalities, 21, 32)
     with torch.no_grad():
-        each = [softmax(n(x[:, i : i + 1]).numpy(), axis=1) for i, n in enumerate(ensemble.networks.values())]
-        for mask in masks:
-            found = ensemble(x) if mask is None else ensemble(x, mask)
-            for case in range(3):
-                there = [p[case] for i, p in enumerate(each) if mask is None or mask[case, i]]
-                np.testing.assert_allclose(found[case].exp().numpy(), np.mean(there, axis=0), rtol=1e-5, atol=1e-7)
+        predictions = Subsets(network)(x)
+        assert len(runs) == modalities  # once each for all subsets and its own row
+        expected = {
+            subset_predictor(subset, names): network(x, mask.expand(2, -1))
+            for subset, mask in zip(modality_subsets(names), subset_masks(names), strict=True)
+        }
+        expected |= {name: network.networks[name](x[:, i : i + 1]) for i, name in enumerate(names)}
+    assert list(predictions) == list(expected)
+    for name, logits in expected.items():
+        torch.testing.assert_close(predictions[name], logits, msg=name)
 
 
-def test_what_stands_in_an_absent_channel_does_not_reach_the_ensemble():
-    ensemble = UnimodalEnsemble.of_modalities(["flair", "t2"], num_classes=2, **SMALL).eval()
-    x = torch.randn(1, 2, 32, 32)
-    spoilt = x.clone()
-    spoilt[:, 1] = float("nan")
-    only = torch.tensor([[True, False]])
+def test_late_fusion_of_a_case_that_lacks_a_modality():
+    network = LateFusion({name: small([name]) for name in FOUR[:3]})
+    x, present = torch.randn(2, 3, 32, 32), torch.tensor([[True, False, True], [True, False, True]])
     with torch.no_grad():
-        assert torch.equal(ensemble(spoilt, only), ensemble(x, only))
+        predictions = Subsets(network)(x, present)
+        assert torch.equal(predictions["fusion"], network(x, present))
+    assert list(predictions) == ["fusion", "fusion[flair+t1]", "fusion[flair]", "fusion[t1]", "flair", "t1"]
 
 
-def test_the_subsets_of_an_ensemble():
-    ensemble = UnimodalEnsemble.of_modalities(FOUR[:3], num_classes=2, **SMALL).eval()
-    x = torch.randn(2, 3, 32, 32)
+def test_late_fusion_takes_no_classifiers():
+    network = LateFusion({name: small([name]) for name in FOUR[:2]})
+    with pytest.raises(ValueError, match="takes no classifiers"):
+        Subsets(network, torch.nn.Identity())
+
+
+class Tables(torch.nn.Module):
+    """Linear layers on a dictionary of vectors; absent ones are zero."""
+
+    def __init__(self, modalities):
+        super().__init__()
+        self.modalities = modalities
+        self.encoders = torch.nn.ModuleDict({m: torch.nn.Linear(4, 3) for m in modalities})
+
+    def forward(self, x, present=None):
+        features = torch.stack([self.encoders[m](x[m]) for m in self.modalities], dim=1)
+        if present is not None:
+            features = features.masked_fill(~present[:, :, None], 0.0)
+        return features.sum(dim=1)
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_a_dictionary_of_tables(modalities):
+    names = FOUR[:modalities]
+    network = Tables(names)
+    x = {name: torch.randn(5, 4) for name in names}
+
+    def classifiers(features, size):
+        assert size == ()
+        return {name: 2 * h for name, h in features.items()}
+
+    module = torch.nn.Module()
+    module.forward = classifiers
     with torch.no_grad():
-        predictions = Subsets(ensemble)(x)
-        for subset, mask in zip(modality_subsets(FOUR[:3]), subset_masks(FOUR[:3]), strict=True):
-            torch.testing.assert_close(predictions[subset_predictor(subset, FOUR[:3])], ensemble(x, mask.expand(2, -1)))
-        alone = ensemble.networks["t1ce"](x[:, 1:2]).log_softmax(dim=1)
-    torch.testing.assert_close(predictions["fusion[t1ce]"], alone)
+        predictions = Subsets(network, module)(x)
+        for subset in modality_subsets(names):
+            expected = sum(network.encoders[m](x[m]) for m in subset)
+            torch.testing.assert_close(predictions[subset_predictor(subset, names)], expected)
+        for name in names:
+            torch.testing.assert_close(predictions[name], 2 * network.encoders[name](x[name]))
+        present = torch.ones(5, modalities, dtype=torch.bool)
+        present[2, 1] = False
+        lacking = Subsets(network)(x, present)
+        torch.testing.assert_close(
+            lacking["fusion"][2], sum(network.encoders[m](x[m][2]) for m in names if m != "t1ce")
+        )
+    assert not any("t1ce" in name for name in lacking)
+    assert len(lacking) == 1 + 2 ** (modalities - 1) - 1
 
 
 def test_of_a_case_that_lacks_a_modality_only_what_is_there_is_combined():

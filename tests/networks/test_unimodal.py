@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.inferers import SliceInferer
 
-from monai_cggm.networks import FusionAndUnimodal, MultimodalSegmenter, Present, UnimodalClassifiers
+from monai_cggm.networks import FusionAndUnimodal, LateFusion, MultimodalSegmenter, Present, UnimodalClassifiers
 
 TWO = ["flair", "t2"]
 
@@ -154,3 +154,35 @@ def test_slice_inferer_returns_a_dict_of_volumes(both):
             expected = both(volume[..., depth], torch.tensor([[True, True]]))
             for name, logits in volumes.items():
                 torch.testing.assert_close(logits[..., depth], expected[name])
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "sum", "energy"])
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_late_fusion_runs_its_networks_once(modalities, combine):
+    names = ["flair", "t2", "t1"][:modalities]
+    network = LateFusion.of_modalities(
+        names, MultimodalSegmenter, combine, num_classes=3, encoder={"backbone": "resnet18", "width": 4}
+    ).eval()
+    runs = []
+    for member in network.networks.values():
+        member.register_forward_hook(lambda _m, _args, _o: runs.append(1))
+    x = torch.randn(2, modalities, 32, 40)
+    present = torch.zeros(2, modalities, dtype=torch.bool)
+    present[:, 0] = True
+    with torch.no_grad():
+        found, lacking = FusionAndUnimodal(network)(x), FusionAndUnimodal(network)(x, present)
+        assert len(runs) == 2 * modalities
+        assert torch.equal(found["fusion"], network(x))
+        assert torch.equal(lacking["fusion"], network(x, present))
+        for i, name in enumerate(names):
+            assert torch.equal(found[name], network.networks[name](x[:, i : i + 1]))
+    assert list(found) == ["fusion", *names]
+    assert list(lacking) == ["fusion", "flair"]
+
+
+def test_classifiers_are_needed_or_refused():
+    with pytest.raises(ValueError, match="MultimodalSegmenter needs classifiers"):
+        FusionAndUnimodal(small())
+    late = LateFusion({name: small() for name in TWO})
+    with pytest.raises(ValueError, match="takes no classifiers"):
+        FusionAndUnimodal(late, UnimodalClassifiers.for_network(small()))
