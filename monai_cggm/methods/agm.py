@@ -136,11 +136,10 @@ def loss_sums(logits: Tensor, target: Tensor, there: Tensor | None = None) -> Te
     if there is not None:
         weights = weights * there.to(losses.device).T[:, :, None]
         losses = torch.where(weights > 0, losses, torch.zeros_like(losses))
-    index = truth.flatten()
-    sums = torch.zeros(2, modalities, classes, dtype=torch.float64, device=logits.device)
-    sums[0].index_add_(1, index, losses.flatten(1))
-    sums[1].index_add_(1, index, weights.flatten(1))
-    return sums
+    # one class after the other: adding by index is not deterministic on a GPU
+    members = [truth.flatten() == k for k in range(classes)]
+    by_class = [[torch.where(m, values.flatten(1), 0.0).sum(dim=1) for m in members] for values in (losses, weights)]
+    return torch.stack([torch.stack(sums, dim=1) for sums in by_class])
 
 
 def mean_losses(sums: Tensor, *, by_class: bool) -> Tensor:

@@ -30,8 +30,9 @@ class AuxiliaryLosses:
         warmup_epochs: how many epochs the task's loss waits.
 
     Raises:
-        ValueError: without an observer, for weights that are negative or do not name the modalities, a negative
-            warm-up, or ``follow_balance`` on an observer without balance terms.
+        ValueError: without an observer, for one that weighs the losses itself (G-Blending), for weights that are
+            negative or do not name the modalities, a negative warm-up, or ``follow_balance`` on an observer without
+            balance terms.
 
     Example:
         >>> from monai_cggm.metrics import RegionDice
@@ -52,6 +53,11 @@ class AuxiliaryLosses:
         warmup_epochs: int = 0,
     ) -> None:
         needs_observer(observer, self)
+        if observer.weighs_losses:
+            raise ValueError(
+                f"{type(observer).__name__} and AuxiliaryLosses both set how much the classifiers' losses count: "
+                "choose one"
+            )
         modalities = observer.modalities
         weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(modalities, float(weight))
         if set(weights) != set(modalities) or min(weights.values()) < 0:

@@ -127,6 +127,9 @@ class UnimodalObserver:
     #: whether g_F must be differentiable again
     differentiable_fusion_gradient = False
 
+    #: whether the method itself says how much the classifiers' losses count, so that no other part may
+    weighs_losses = False
+
     def __init__(
         self,
         network: nn.Module,

@@ -175,6 +175,8 @@ class GBlending(UnimodalObserver):
         GBlending(modalities=['flair', 't1ce'], runs='runs/{modality}', floor=0.05)
     """
 
+    weighs_losses = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -257,12 +259,8 @@ class GBlending(UnimodalObserver):
     # ------------------------------------------------------------------ one step
 
     def extra_loss(self, step: Step) -> Tensor | None:
-        """Refuse another part that sets the weights; report them."""
+        """Report the weights."""
         assert self.weights is not None
-        if self.unimodal_weights is None or not torch.equal(self.unimodal_weights, self.weights[:-1].float()):
-            raise ValueError(
-                "GBlending and AuxiliaryLosses both set how much the classifiers' losses count: choose one"
-            )
         values = self.weights.to(step.losses.device)
         self._add_scalars("blending", values[:-1])
         self._scalars[f"blending/{FUSION}"] = values[-1]

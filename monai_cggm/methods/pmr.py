@@ -288,7 +288,8 @@ class PMR(UnimodalObserver):
     def _collect(self, modality: str, features: Tensor, shares: Tensor) -> None:
         # the last column counts
         features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
-        sums = (shares.T @ features).double()
+        # in float64 before the product: under autocast it would be one of half precision
+        sums = shares.T.double() @ features.double()
         self._sums[modality] = self._sums[modality] + sums if modality in self._sums else sums
 
     def _renew(self, engine: SupervisedTrainer) -> None:

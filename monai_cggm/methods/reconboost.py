@@ -86,20 +86,20 @@ def boosted_cross_entropy(
 
 
 def agreement_loss(logits: Tensor, before: Tensor) -> Tensor:
-    r"""Return the mean squared difference of two networks' probabilities, :math:`\lVert p_u - p_{before} \rVert^2 / K`.
+    r"""Return the squared distance of two networks' probabilities, :math:`\lVert p_u - p_{before} \rVert^2`.
 
     Args:
         logits: the learner's, ``(B, K, *S)``.
         before: those of the network whose turn was before; nothing flows into it.
 
     Returns:
-        A scalar, the mean over samples, classes and voxels; 0 for an empty batch.
+        A scalar, the sum over classes, the mean over samples and voxels; 0 for an empty batch.
 
     Example:
         >>> agreement_loss(torch.zeros(1, 2), torch.tensor([[100.0, 0.0]]))
-        tensor(0.2500)
+        tensor(0.5000)
     """
-    values = (logits.softmax(dim=1) - before.detach().softmax(dim=1)).square().mean(dim=1)
+    values = (logits.softmax(dim=1) - before.detach().softmax(dim=1)).square().sum(dim=1)
     return _mean_over_ranks(values, torch.ones_like(values))
 
 
@@ -111,7 +111,7 @@ class ReconBoost(LateFusionMethod):
 
     1. for ``boost_epochs``, network u learns alone, the others are constant:
 
-       .. math:: L = \mathrm{CE}_{w_1 - w_2 q_y}(z_u, y) + \alpha \lVert p_u - p_{before} \rVert^2 / K
+       .. math:: L = \mathrm{CE}_{w_1 - w_2 q_y}(z_u, y) + \alpha \lVert p_u - p_{before} \rVert^2
 
        (:func:`boosted_cross_entropy`, :func:`agreement_loss`): it counts most where the others are wrong, and must not
        go too far from the network whose turn was before;
@@ -121,8 +121,8 @@ class ReconBoost(LateFusionMethod):
     with a Dice term acts in phase 2 only, as Dice has no residual of a voxel; in regression the learner fits the
     residual :math:`y - \sum_{k \ne u} z_k` by the trainer's loss, without agreement, because networks that predict
     residuals should not agree. In the authors' code both sides of the agreement are detached, so that it teaches
-    nothing, and cross-entropy is divided by K; here it teaches the learner, and nothing is divided. Their first turn
-    is without agreement here, where their code compares with a constant.
+    nothing; here it teaches the learner. Their code divides cross-entropy and agreement by K, here neither is divided.
+    The first turn is without agreement here, where their code compares with a constant.
 
     In phase 1 the gradients of the other networks are None: the optimizer leaves them alone, momentum and weight decay
     included. They run in evaluation mode, so dropout and batch statistics do not change what is boosted against, and
@@ -203,7 +203,8 @@ class ReconBoost(LateFusionMethod):
         """Return the loss of the learner, or of all."""
         stage = self.stage(step.epoch)
         zero = step.losses.detach().new_zeros(())
-        self._add_scalars("learns", torch.tensor([stage.learner in (None, i) for i in range(len(self.modalities))]))
+        learns = [stage.learner in (None, i) for i in range(len(self.modalities))]
+        self._add_scalars("learns", torch.tensor(learns, device=zero.device))
         boosted = agreement = zero
         if stage.learner is None:
             loss = step.task_loss
@@ -237,6 +238,12 @@ class ReconBoost(LateFusionMethod):
         super()._start(engine)
         self._loss_function: Callable[..., Tensor] = self.loss_function or engine.loss_function
         self._handle = self.network.register_forward_pre_hook(self._still_the_others)
+        cycle = len(self.modalities) * (self.boost_epochs + self.rectify_epochs)
+        if engine.state.max_epochs is not None and engine.state.max_epochs < cycle:
+            engine.logger.warning(
+                f"ReconBoost: {engine.state.max_epochs} epochs are less than one cycle of turns, which has {cycle}: "
+                "some modality never learns alone"
+            )
 
     def _listen(self, engine: SupervisedTrainer) -> None:
         super()._listen(engine)

@@ -42,7 +42,7 @@ JOINT = "joint"
 FINISHED = "finished"
 
 #: parts of a run that a run of one modality, or a plain joint one, must not have
-_SWITCHED_OFF = ("dropout", "auxiliary", "distillation", "teachers", "teacher_runs")
+_SWITCHED_OFF = ("dropout", "auxiliary", "distillation", "teacher_runs")
 
 
 def run_folder(runs: str, name: str) -> Path:

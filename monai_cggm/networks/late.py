@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from monai_cggm.batches import Inputs
+from monai_cggm.batches import Inputs, samples_in
 
 Combination = Literal["probabilities", "sum", "energy"]
 COMBINATIONS: tuple[Combination, ...] = ("probabilities", "sum", "energy")
@@ -132,6 +132,8 @@ class LateFusion(nn.Module):
         Returns:
             Logits ``(B, K, *S)``, or ``(R * B, K, *S)``; for ``probabilities`` logarithms of the mean probabilities.
         """
+        if present is not None and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            x = _finite_where_absent(x, present, self.modalities)
         return self._combined(self.encode(x), present)
 
     def members(self, x: Inputs) -> dict[str, Tensor]:
@@ -184,6 +186,26 @@ class LateFusion(nn.Module):
         if terms.shape[2] == 1:
             return terms.masked_fill(there.logical_not(), 0.0).sum(dim=0) / number
         return terms.masked_fill(there.logical_not(), float("-inf")).logsumexp(dim=0) - number.log()
+
+
+@torch.jit.unused
+def _finite_where_absent(x: Any, present: Tensor, modalities: Sequence[str]) -> Any:
+    """Without NaN and infinity in what is absent: the prediction leaves it out, but its gradient would be NaN."""
+    absent = present.view(-1, samples_in(x), len(modalities)).any(dim=0).logical_not()
+    if not bool(absent.any()):
+        return x
+    if isinstance(x, Tensor):
+        return _without_infinities(x, absent.to(x.device).view(*absent.shape, *[1] * (x.dim() - 2)))
+    filled = dict(x)
+    for index, modality in enumerate(modalities):
+        value = x[modality]
+        rows = absent[:, index].to(value.device).view(-1, *[1] * (value.dim() - 1))
+        filled[modality] = _without_infinities(value, rows)
+    return filled
+
+
+def _without_infinities(values: Tensor, where: Tensor) -> Tensor:
+    return values.masked_fill(where & values.isfinite().logical_not(), 0.0)
 
 
 def _of_modality(x: Any, modality: str, index: int) -> Any:

@@ -281,6 +281,4 @@ def test_refuses(tmp_path):
     with pytest.raises(DataError, match=r"4 problems:\n  modality flair: there is no model.pt"):
         toy.gradients_of_one_step(network, classifiers, data, nowhere, loss=loss)
     with pytest.raises(ValueError, match="GBlending and AuxiliaryLosses both set"):
-        toy.gradients_of_one_step(
-            network, classifiers, data, method, handlers=[AuxiliaryLosses(method, 0.5)], loss=loss
-        )
+        AuxiliaryLosses(method, 0.5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ignite.engine import Events
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_cggm.losses import DiceCrossEntropyLoss
@@ -57,9 +58,15 @@ def train(name, batches, wrap):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     engine = late_toy.trainer(network, batches, method, task="segmentation", optimizer=optimizer, epochs=EPOCHS)
     engine.loss_function = DiceCrossEntropyLoss(ce_weight=CE_WEIGHT)
+    course = []
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def keep(engine):
+        course.append({n.removeprefix("module."): p.detach().clone() for n, p in network.named_parameters()})
+
     engine.run()
     weights = {n.removeprefix("module."): p.detach().clone() for n, p in network.named_parameters()}
-    return {"weights": weights, "rows": engine.rows, "state": method.state_dict()}
+    return {"weights": weights, "rows": engine.rows, "state": method.state_dict(), "course": course}
 
 
 def worker(rank, folder):
@@ -133,3 +140,9 @@ def test_whose_turn_it_is_not_stays_in_both(two_ranks):
     first, _ = both(two_ranks, "reconboost lacking")
     turns = [[row[f"learns/{m}"] for m in toy.MODALITIES] for row in first["rows"]]
     assert turns == [[1, 0, 0, 0]] * 2 + [[1] * 4] * 2 + [[0, 1, 0, 0]] * 2 + [[1] * 4] * 2 + [[0, 0, 1, 0]] * 2
+    for before, after, turn in zip(first["course"], first["course"][1:], turns[1:], strict=True):
+        for modality, learns in zip(toy.MODALITIES, turn, strict=True):
+            names = [name for name in after if name.startswith(f"networks.{modality}.")]
+            assert names
+            moved = [not torch.equal(before[name], after[name]) for name in names]
+            assert any(moved) if learns else not any(moved)

@@ -64,11 +64,11 @@ def test_agreement_against_numpy_and_its_gradient(size):
     before.requires_grad_()
     found = agreement_loss(logits, before)
     p, q = (softmax(z.detach().numpy(), axis=1) for z in (logits, before))
-    assert found.item() == pytest.approx(((p - q) ** 2).mean(), rel=1e-12)
+    assert found.item() == pytest.approx(((p - q) ** 2).sum(axis=1).mean(), rel=1e-12)
     gradient, none = torch.autograd.grad(found, [logits, before], allow_unused=True)
     assert none is None
     # by hand: with g = 2 (p - q) / N, the softmax gives p (g - sum_k p_k g_k)
-    g = 2 * (p - q) / p.size
+    g = 2 * (p - q) / (p.size / p.shape[1])
     np.testing.assert_allclose(gradient.numpy(), p * (g - (p * g).sum(axis=1, keepdims=True)), rtol=1e-9, atol=1e-15)
     assert gradient.abs().max() > 1e-4
 
@@ -110,7 +110,7 @@ def expected_loss(network, batch, task, stage, *, alpha=0.5, ce_weight=None):
     if stage.before is not None:
         pairs = [s for s in rows if there[s, stage.before]]
         p, p_before = own[pairs].softmax(1), logits[stage.before][pairs].softmax(1).detach()
-        loss = loss + alpha * (p - p_before).square().mean()
+        loss = loss + alpha * (p - p_before).square().sum(dim=1).mean()
     return loss
 
 
@@ -214,7 +214,7 @@ def test_agreement_brings_the_learner_towards_the_one_before(task):
     """Alone, in the second turn; in the released code this term teaches nothing."""
     data = batches(task, 1, modalities=2)
     network = network_of(task, "sum", 2)
-    arguments = {"boost_epochs": 20, "rectify_epochs": 0, "boost_weights": (0.0, 0.0), "agreement": 20.0}
+    arguments = {"boost_epochs": 20, "rectify_epochs": 0, "boost_weights": (0.0, 0.0), "agreement": 5.0}
     engine = trainer(network, data, ReconBoost(network, metric_of(task), **arguments), task=task, epochs=40)
     engine.run()
     distances = [row["loss/agreement"] for row in engine.rows]

@@ -29,10 +29,10 @@ def test_the_example_does_what_it_says(example, modalities):
     network, classifiers = parts(names)
     plain = gradients_of_one_step(network, classifiers, batch, UnimodalObserver(network, classifiers, metric()))
     network, classifiers = parts(names)
-    method = example["LossBalance"](network, classifiers, metric(), power=2.0)
+    method = example["ErrorBalance"](network, classifiers, metric(), power=2.0)
     seen = gradients_of_one_step(network, classifiers, batch, method)
-    losses = torch.tensor([seen["scalars"][f"loss/{m}"] for m in names])
-    factors = losses**2 / (losses**2).mean()
+    errors = 1 - torch.tensor([seen["scalars"][f"epsilon/{m}"] for m in names])
+    factors = errors**2 / (errors**2).mean()
     assert factors.max() > 1.01 * factors.min()
     for factor, m in zip(factors, names, strict=True):
         for key in (k for k in plain if k.startswith(f"encoders.{m}.")):
@@ -42,7 +42,7 @@ def test_the_example_does_what_it_says(example, modalities):
 
 def test_the_example_s_controls_come_by_themselves(example):
     network, classifiers = parts()
-    method = example["LossBalance"](network, classifiers, metric(), control="constant")
+    method = example["ErrorBalance"](network, classifiers, metric(), control="constant")
     seen = gradients_of_one_step(network, classifiers, toy.batches(1), method)
     assert [seen["scalars"][f"balance/{m}"] for m in toy.MODALITIES] == pytest.approx([1.0] * 4)
 

@@ -129,6 +129,22 @@ def test_what_stands_in_an_absent_channel_does_not_reach_the_prediction(spoilt, 
         assert not torch.equal(network(other), network(x))
 
 
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_stands_in_an_absent_channel_does_not_reach_a_gradient(rows, combine):
+    network = LateFusion({m: torch.nn.Conv2d(1, 3, 1) for m in FOUR[:2]}, combine)
+    x = torch.randn(2, 2, 4, 4)
+    present = torch.tensor([[True, True], [True, False]])
+    gradients = []
+    for value in (0.0, float("nan")):
+        x[1, 1] = value
+        loss = network(x, present.repeat(rows, 1)).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters())))
+    for clean, spoilt in zip(*gradients, strict=True):
+        assert clean.abs().max() > 1e-4
+        torch.testing.assert_close(spoilt, clean)
+
+
 def test_encoders_are_the_networks_own_and_counted_once():
     network = LateFusion.of_modalities(FOUR[:3], MultimodalSegmenter, **SMALL)
     assert list(network.encoders) == FOUR[:3]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Under autocast networks run in half precision, and what methods measure must not."""
+
+import pytest
+import torch
+from ignite.engine import Events
+
+from monai_cggm.losses import DiceCrossEntropyLoss
+from monai_cggm.methods import (
+    AGM,
+    CGGM,
+    MSLR,
+    OGMGE,
+    PMR,
+    QMF,
+    UME,
+    UMT,
+    Greedy,
+    ReconBoost,
+    RelativeBalance,
+    UnimodalObserver,
+)
+from tests.methods import late_toy, toy
+from tests.methods.toy import everything, metric
+
+OBSERVERS = {
+    "observe": lambda n, c: UnimodalObserver(n, c, metric()),
+    "cggm": lambda n, c: CGGM(n, c, metric(), lam=0.5, rule="clamped"),
+    "relative": lambda n, c: RelativeBalance(n, c, metric(), every=1),
+    "ogm_ge": lambda n, c: OGMGE(n, c, metric(), noise=False),
+    "mslr": lambda n, c: MSLR(n, c, metric()),
+    "greedy": lambda n, c: Greedy(n, c, metric(), start_epoch=1),
+    "agm": lambda n, c: AGM(n, c, metric()),
+    "pmr": lambda n, c: PMR(n, c, metric()),
+    "umt": lambda n, c: UMT(n, c, metric(), teachers=dict(toy.MaskedNetwork().encoders.items()), weight=1.0),
+}
+LATE = {
+    "ume": (UME, "probabilities"),
+    "qmf": (QMF, "energy"),
+    "reconboost": (lambda n, m: ReconBoost(n, m, boost_epochs=1, rectify_epochs=1), "sum"),
+}
+
+
+def run(name, half):
+    """Two epochs that move no weight; what was logged in every step, and the method."""
+    rows = []
+    torch.manual_seed(0)
+    if name in LATE:
+        make, combine = LATE[name]
+        network = late_toy.network_of("segmentation", combine)
+        method = make(network, late_toy.metric_of("segmentation"))
+        data, still = late_toy.batches("segmentation", 3), torch.optim.SGD(network.parameters(), lr=0.0)
+        engine = late_toy.trainer(network, data, method, task="segmentation", optimizer=still, epochs=2)
+    else:
+        network, classifiers = toy.MaskedNetwork(), toy.ToyClassifiers()
+        method = OBSERVERS[name](network, classifiers)
+        data = toy.batches(3, batch=4, size=24)
+        engine = toy.trainer(network, everything(network, classifiers), data, method, epochs=2, lr=0.0)
+    engine.loss_function = DiceCrossEntropyLoss()
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(dict(e.state.scalars)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        engine.run()
+    return rows, method
+
+
+@pytest.mark.parametrize("name", OBSERVERS | LATE)
+def test_measures_are_those_of_full_precision(name):
+    (half, _), (full, _) = run(name, half=True), run(name, half=False)
+    assert len(half) == len(full) == 6
+    for found, right in zip(half, full, strict=True):
+        assert found.keys() == right.keys()
+        for key, value in right.items():
+            # a voxel between two classes may change sides, and CGGM's B is a ratio of differences of such scores
+            group = key.split("/")[0]
+            if not (name == "cggm" and group in ("balance", "balance_bounded", "modulated_norm")) and key != "loss/gm":
+                assert found[key] == pytest.approx(value, rel=0.05, abs=0.08 if group == "epsilon" else 0.03), key
+
+
+def test_prototypes_count_in_full_precision():
+    _, method = run("pmr", half=True)
+    labels = torch.cat([batch["label"] for batch in toy.batches(3, batch=4, size=24)]).flatten().long()
+    views = torch.nn.functional.one_hot(labels, 4).double().sum(dim=0)
+    assert views.sum() == 3 * 4 * 24 * 24
+    features = torch.ones(len(labels), 2, dtype=torch.bfloat16)
+    method._sums.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        method._collect("flair", features, torch.nn.functional.one_hot(labels, 4).float())
+    # a count in bfloat16, which has 8 bits, would be a multiple of 8 here
+    torch.testing.assert_close(method._sums["flair"][:, -1], views, rtol=0, atol=0)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "scripts" / "bench_methods.py"
+    spec = importlib.util.spec_from_file_location("bench_methods", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def invoke(script):
+    app = typer.Typer()
+    app.command()(script.main)
+    yield lambda *arguments: CliRunner().invoke(app, arguments)
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.slow
+def test_steps_that_count_are_timed_and_related_to_joint_training(invoke, tmp_path: Path):
+    out = tmp_path / "bench.json"
+    result = invoke("--arms", "agm,umt", "--rounds", "1", "--json", str(out))
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(out.read_text())
+    assert numbers["steps"] == {"joint": 2, "agm": 2, "umt": 2}
+    assert numbers["times_joint"]["joint"] == 1.0
+    for arm, milliseconds in numbers["ms_per_step"].items():
+        assert numbers["times_joint"][arm] == pytest.approx(milliseconds / numbers["ms_per_step"]["joint"], abs=0.01)
+        assert milliseconds > 1
+        assert arm in result.output
+
+
+def test_an_arm_that_does_not_exist_is_named(invoke):
+    result = invoke("--arms", "joint,agmm")
+    assert result.exit_code == 2
+    assert "no arm agmm" in result.output
