@@ -2,6 +2,7 @@
 """Late fusion in two processes over gloo: the step of one process with the whole batch, and one history for all."""
 
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_whose_turn_it_is_not_stays_in_both(two_ranks):
     first, _ = both(two_ranks, "reconboost lacking")
     turns = [[row[f"learns/{m}"] for m in toy.MODALITIES] for row in first["rows"]]
     assert turns == [[1, 0, 0, 0]] * 2 + [[1] * 4] * 2 + [[0, 1, 0, 0]] * 2 + [[1] * 4] * 2 + [[0, 0, 1, 0]] * 2
-    for before, after, turn in zip(first["course"], first["course"][1:], turns[1:], strict=True):
+    for (before, after), turn in zip(pairwise(first["course"]), turns[1:], strict=True):
         for modality, learns in zip(toy.MODALITIES, turn, strict=True):
             names = [name for name in after if name.startswith(f"networks.{modality}.")]
             assert names

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes over gloo must take the step that one process with the whole batch takes."""
 
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from monai_cggm.methods import (
     UMT,
     AuxiliaryLosses,
     Distillation,
+    GBlending,
     Greedy,
     ModalityDropout,
     RelativeBalance,
@@ -83,6 +86,21 @@ def umt(network, classifiers):
     return UMT(network, classifiers, toy.metric(), teachers=teachers, weight=1.0)
 
 
+def g_blending(network, classifiers):
+    folder = tempfile.TemporaryDirectory()
+    with torch.random.fork_rng():
+        for seed, names in enumerate([[m] for m in toy.MODALITIES] + [list(toy.MODALITIES)]):
+            torch.manual_seed(seed)
+            run = Path(folder.name, names[0] if len(names) == 1 else "joint")
+            run.mkdir()
+            torch.save({"model": toy.MaskedNetwork(names).state_dict(), "epoch": 1}, run / "model.pt")
+    loaders = {"train": data(), "validation": toy.batches(2, batch=4, size=8, seed=3)}
+    runs = f"{folder.name}/{{modality}}"
+    method = GBlending(network, classifiers, toy.metric(), runs=runs, build=toy.MaskedNetwork, loaders=loaders)
+    method.folder = folder  # as long as the method
+    return method
+
+
 #: what one process with the whole batch would do too: a method, and the parts that go with it
 METHODS = {
     "observe": (lambda n, c: UnimodalObserver(n, c, toy.metric()), lambda method: []),
@@ -97,6 +115,7 @@ METHODS = {
     "agm": (agm, lambda method: []),
     "pmr": (pmr, lambda method: []),
     "umt": (umt, lambda method: []),
+    "g_blending": (g_blending, lambda method: []),
 }
 #: what depends on the process
 OWN = {
@@ -177,6 +196,7 @@ def test_two_ranks_take_the_step_of_one_process(name, two_ranks):
             "share_loss",
             "prototype_score",
             "prototype_weight",
+            "blending",
         ):
             assert first["scalars"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
             assert second["scalars"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
