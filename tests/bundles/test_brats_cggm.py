@@ -105,9 +105,20 @@ def test_properties_of_the_bundle_are_where_other_tools_look(cases, tmp_path):
     assert infer.check_properties() == []
 
 
+def write_networks(folder):
+    """Run folders of each modality alone, and of all, as far as a teacher is read from them."""
+    names = ("flair", "t1ce", "t1", "t2")
+    for run_folder, modalities in {**{name: [name] for name in names}, "joint": names}.items():
+        (folder / run_folder).mkdir(parents=True)
+        network = MultimodalSegmenter(modalities, 4, **{key: TINY[key] for key in NETWORK})
+        torch.save({"model": network.state_dict(), "epoch": 1}, folder / run_folder / "model.pt")
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_builds_a_trainer(overlay, cases, tmp_path):
     after = ("methods/cggm.yaml",) if overlay.startswith(("parts/", "ablations/")) else ()
+    if overlay in ("methods/umt.yaml", "methods/g_blending.yaml"):  # they look for trained networks before long work
+        write_networks(tmp_path / "teachers")
     made = workflow("train.yaml", *after, overlay, dataset_dir=str(cases), run_dir=str(tmp_path), **TINY)
     trainer = made.parser.get_parsed_content("train#trainer")
     assert len(trainer.data_loader) == 2
