@@ -530,6 +530,8 @@ def test_a_comparison_that_is_told_to_end_takes_its_cells_with_it(study, tmp_pat
     fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/child\nexec sleep 60\n")
     fake.chmod(0o755)
     code = (
+        # what a shell starts in the background would ignore it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from monai_cggm.compare import read_study, run_study; from monai_cggm.compare import cell\n"
         "from monai_cggm.compare import runner\n"
         f"runner._cases = lambda study, data: {CASES!r}\n"
