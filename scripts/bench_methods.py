@@ -137,7 +137,6 @@ def write_teachers(made: ConfigWorkflow, modalities: Sequence[str], run_dir: Pat
         teacher.mkdir(parents=True)
         state = kind(**{**plain, "modalities": members}).state_dict()
         torch.save({"model": state, "epoch": 1}, teacher / "model.pt")
-        (teacher / "finished").touch()
 
 
 def take_turns(trainers: dict[str, SupervisedTrainer], rounds: int, progress: Progress) -> dict[str, list[float]]:

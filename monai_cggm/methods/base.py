@@ -11,7 +11,6 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
@@ -24,7 +23,8 @@ from monai_cggm.handlers.clip import unscale_once
 from monai_cggm.methods.capture import Capture, detached, let_in
 from monai_cggm.methods.direction import cosines, head_gradient
 from monai_cggm.methods.samples import mask_in, mean_loss, rows_with
-from monai_cggm.metrics.epsilon import Epsilon, RegionDice
+from monai_cggm.methods.watch import Watch, check_trainer, refuse_compiled
+from monai_cggm.metrics.epsilon import Epsilon
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Step:
 LossTerm = Callable[[Step], Tensor]
 
 
-class UnimodalObserver:
+class UnimodalObserver(Watch):
     r"""Train a light classifier on each modality's detached features, measure, and change nothing else.
 
     This is the state ``observe``: the paper's "without CGGM" curves (figures 2 and 6, Table 5) come from it, and the
@@ -145,8 +145,6 @@ class UnimodalObserver:
         plain, plain_classifiers = unwrapped(network), unwrapped(classifiers)
         self.network = network
         self.classifiers = classifiers
-        self.metric = metric
-        self.loss_function = loss_function
         self.encoders = _named_parts(encoders, plain, "encoders")
         self.head = _as_head(getattr(plain, "head", None) if head is None else head, "the network's head")
         self.classifier_heads = {
@@ -156,8 +154,7 @@ class UnimodalObserver:
         _check_parts(plain, self.encoders, self.head, self.classifier_heads)
         if {id(p) for p in plain.parameters()} & {id(p) for p in plain_classifiers.parameters()}:
             raise ValueError("network and classifiers share a parameter: classifier losses would train the network")
-        self.modalities = tuple(self.encoders)
-        self.epsilon: Tensor | None = None
+        super().__init__(tuple(self.encoders), metric, loss_function)
         self.unimodal_weights: Tensor | None = None
         self.task_weight = 1.0
         self.loss_terms: dict[str, LossTerm] = {}
@@ -167,11 +164,6 @@ class UnimodalObserver:
         self._features = Capture(self.encoders)
         self._heads = Capture({FUSION_HEAD: self.head, **self.classifier_heads}, full_precision=True)
         self._random_state = _own_random_state(classifiers)
-        self._scalars: dict[str, Tensor] = {}
-
-    def __repr__(self) -> str:
-        """Say what is attached, for the line that the log starts with."""
-        return f"{type(self).__name__}(modalities={list(self.modalities)})"
 
     # ------------------------------------------------------------------ what a method adds
 
@@ -186,25 +178,12 @@ class UnimodalObserver:
 
     def attach(self, engine: SupervisedTrainer) -> None:
         """Attach to a trainer. Clipping must be attached after it, so that it sees modulated gradients."""
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_STARTED, self._listen)
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._after_loss)
+        super().attach(engine)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._after_backward)
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._report)
-        for ending in (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED):
-            engine.add_event_handler(ending, self._finish)
 
     def _start(self, engine: SupervisedTrainer) -> None:
-        if engine.accumulation_steps > 1:
-            raise ValueError(
-                f"accumulation_steps={engine.accumulation_steps}: BACKWARD_COMPLETED fires on every mini-batch, and "
-                "scaling accumulated gradients each time would compound; use accumulation_steps=1 and a larger batch"
-            )
-        refuse_compiled(engine.network)
-        optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
-        for name, module in {**self.encoders, "classifiers": self.classifiers}.items():
-            if not any(id(p) in optimized for p in module.parameters()):
-                raise ValueError(f"the optimizer holds no parameter of {name!r}: it would never be trained")
+        why = "BACKWARD_COMPLETED fires on every mini-batch, and scaling accumulated gradients each time would compound"
+        check_trainer(engine, {**self.encoders, "classifiers": self.classifiers}, why)
         self._features.install()
         self._heads.install()
         engine.logger.info(f"attached: {self!r}")
@@ -252,17 +231,10 @@ class UnimodalObserver:
         self._features.clear()
         self._heads.clear()
 
-    def _report(self, engine: SupervisedTrainer) -> None:
-        # the one transfer of a step: everything that is logged goes over together
-        values = torch.stack([v.double() for v in self._scalars.values()]).cpu().tolist()
-        engine.state.scalars = dict(zip(self._scalars, values, strict=True))
-
-    def _finish(self, engine: SupervisedTrainer, *error: BaseException) -> None:
+    def _release(self) -> None:
         self._features.remove()
         self._heads.remove()
         self.step = None
-        if error:  # a handler of EXCEPTION_RAISED takes the error over: hand it on
-            raise error[0]
 
     # ------------------------------------------------------------------ one step
 
@@ -285,11 +257,7 @@ class UnimodalObserver:
         predictions = self._classify(target)
         seen = [rows_with(p, target, present, i) for i, p in enumerate(predictions)]
         losses = torch.stack([mean_loss(loss_function, *pair) for pair in seen])
-        with torch.no_grad():
-            epsilon = self._measure(predictions if present is None else None, seen, target)
-        before = torch.zeros_like(epsilon) if self.epsilon is None else self.epsilon.to(epsilon)
-        # no region of the metric in this batch: nothing was measured, nothing has changed
-        epsilon = torch.where(torch.isfinite(epsilon), epsilon, before)
+        epsilon, before = self._measure(predictions if present is None else None, seen, target)
         return Step(
             task_loss=task_loss,
             losses=losses,
@@ -316,18 +284,6 @@ class UnimodalObserver:
         with self._own_random_numbers():
             predictions = self.classifiers(features, *((target.shape[2:],) if target.ndim > 2 else ()))
         return [predictions[m] for m in self.modalities]
-
-    def _measure(self, predictions: list[Tensor] | None, seen: list[tuple[Tensor, Tensor]], target: Tensor) -> Tensor:
-        if predictions is not None:  # all modalities in one count
-            sums = self.metric.sums([p.detach() for p in predictions], target)
-        else:
-            sums = torch.cat([self.metric.sums([p.detach()], t) for p, t in seen])
-        # ratios of sums over all ranks, as one process with the whole batch would see
-        if idist.get_world_size() > 1:
-            sums = torch.as_tensor(idist.all_reduce(sums))
-        if isinstance(self.metric, RegionDice):
-            self._scalars["epsilon_absent_regions"] = self.metric.absent(sums)
-        return self.metric.value(sums)
 
     def _fusion_gradient(self, task_loss: Tensor) -> Tensor:
         output = self._heads.outputs[FUSION_HEAD]
@@ -356,9 +312,6 @@ class UnimodalObserver:
             norms.append(torch.nn.utils.get_total_norm(gradients))
         return torch.stack(norms)
 
-    def _add_scalars(self, group: str, values: Tensor) -> None:
-        self._scalars.update({f"{group}/{m}": v for m, v in zip(self.modalities, values, strict=True)})
-
     @contextlib.contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
         """Let dropout in a classifier draw from numbers of its own, so that watching does not change the network."""
@@ -375,9 +328,7 @@ class UnimodalObserver:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on exactly: the last ε, and the classifiers' random state if any."""
-        state: dict[str, Any] = {"modalities": list(self.modalities)}
-        if self.epsilon is not None:
-            state["epsilon"] = self.epsilon.cpu()
+        state = super().state_dict()
         if self._random_state is not None:
             state["random_state"] = self._random_state
         return state
@@ -388,9 +339,7 @@ class UnimodalObserver:
         Raises:
             ValueError: if it comes from a run with other modalities or another order of them.
         """
-        if tuple(state["modalities"]) != self.modalities:
-            raise ValueError(f"checkpoint is of modalities {state['modalities']}, this run has {list(self.modalities)}")
-        self.epsilon = state.get("epsilon")
+        super().load_state_dict(state)
         self._random_state = state.get("random_state", self._random_state)
 
 
@@ -414,21 +363,6 @@ def _mean_over_ranks(local: Tensor) -> Tensor:
         return local
     mean = idist.all_reduce(local.detach().clone()) / world
     return local + (mean - local).detach()
-
-
-def refuse_compiled(network: nn.Module) -> None:
-    """Refuse a network that is compiled as a whole.
-
-    Raises:
-        ValueError: if it, or the network inside of ``DistributedDataParallel``, is.
-    """
-    inner = getattr(network, "module", network)  # of DistributedDataParallel
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (network, inner)):
-        raise ValueError(
-            "the whole network is compiled: what hooks see inside it is not on the loss's path, and compiled code "
-            "cannot be differentiated twice. Compile parts in place instead, for example "
-            "`for encoder in network.encoders.values(): encoder.compile()`, and leave the head eager"
-        )
 
 
 def _named_parts(parts: Mapping[str, nn.Module] | None, owner: nn.Module, attribute: str) -> dict[str, nn.Module]:

@@ -3,23 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import ignite.distributed as idist
 import torch
-from ignite.engine import Events
 from monai.engines import SupervisedTrainer
-from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from torch import Tensor, nn
 
 from monai_cggm.batches import PRESENT, samples_in
 from monai_cggm.handlers.checkpoint import unwrapped
-from monai_cggm.methods.base import refuse_compiled
 from monai_cggm.methods.capture import Capture
 from monai_cggm.methods.samples import mask_in, mean_loss, rows_with
+from monai_cggm.methods.watch import Watch, check_trainer, refuse_compiled
 from monai_cggm.metrics.epsilon import Epsilon
 from monai_cggm.networks.late import Combination, LateFusion
 
@@ -49,7 +46,7 @@ class LateStep:
     epoch: int
 
 
-class LateFusionMethod:
+class LateFusionMethod(Watch):
     """Train a :class:`LateFusion` network by a loss of its members' predictions, and measure each member.
 
     It attaches to MONAI's own ``SupervisedTrainer``. The trainer's loss is that of the combined prediction; after
@@ -94,18 +91,10 @@ class LateFusionMethod:
             raise ValueError(f"{name} needs LateFusion(combine={self.combine!r}), got combine={plain.combine!r}")
         if len(plain.modalities) < 2:
             raise ValueError(f"{name} combines two modalities or more, the network has {list(plain.modalities)}")
+        super().__init__(plain.modalities, metric, loss_function)
         self.network = plain
-        self.metric = metric
-        self.loss_function = loss_function
         self.members: dict[str, nn.Module] = dict(plain.networks.items())
-        self.modalities = plain.modalities
-        self.epsilon: Tensor | None = None
         self._captured = Capture(self.members, full_precision=True)
-        self._scalars: dict[str, Tensor] = {}
-
-    def __repr__(self) -> str:
-        """Say what is attached, for the line that the log starts with."""
-        return f"{type(self).__name__}(modalities={list(self.modalities)})"
 
     # ------------------------------------------------------------------ what a method says
 
@@ -115,26 +104,8 @@ class LateFusionMethod:
 
     # ------------------------------------------------------------------ events
 
-    def attach(self, engine: SupervisedTrainer) -> None:
-        """Attach to a trainer, before clipping."""
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_STARTED, self._listen)
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._after_loss)
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._report)
-        for ending in (Events.COMPLETED, Events.TERMINATE, Events.INTERRUPT, Events.EXCEPTION_RAISED):
-            engine.add_event_handler(ending, self._finish)
-
     def _start(self, engine: SupervisedTrainer) -> None:
-        if engine.accumulation_steps > 1:
-            raise ValueError(
-                f"accumulation_steps={engine.accumulation_steps}: {type(self).__name__} takes each batch for one step; "
-                "use accumulation_steps=1 and a larger batch"
-            )
-        refuse_compiled(engine.network)
-        optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
-        for modality, member in self.members.items():
-            if not any(id(p) in optimized for p in member.parameters()):
-                raise ValueError(f"the optimizer holds no parameter of {modality!r}: it would never be trained")
+        check_trainer(engine, self.members, f"{type(self).__name__} takes each batch for one step")
         self._captured.install()
         engine.logger.info(f"attached: {self!r}")
 
@@ -143,22 +114,15 @@ class LateFusionMethod:
 
     def _after_loss(self, engine: SupervisedTrainer) -> None:
         self._captured.active = False
+        self._scalars = {"loss/task": engine.state.output[CommonKeys.LOSS].detach()}
         step = self._observe(engine)
-        self._scalars = {"loss/task": step.task_loss.detach()}
         self._add_scalars("loss", step.losses.detach())
         self._add_scalars("epsilon", step.epsilon)
         engine.state.output[CommonKeys.LOSS] = self.loss(step)
         self._captured.clear()
 
-    def _report(self, engine: SupervisedTrainer) -> None:
-        # the one transfer of a step: everything that is logged goes over together
-        values = torch.stack([v.double() for v in self._scalars.values()]).cpu().tolist()
-        engine.state.scalars = dict(zip(self._scalars, values, strict=True))
-
-    def _finish(self, engine: SupervisedTrainer, *error: BaseException) -> None:
+    def _release(self) -> None:
         self._captured.remove()
-        if error:  # a handler of EXCEPTION_RAISED takes the error over: hand it on
-            raise error[0]
 
     # ------------------------------------------------------------------ one step
 
@@ -174,7 +138,7 @@ class LateFusionMethod:
         present = mask_in(engine.state.batch, PRESENT, samples)
         seen = [rows_with(p, target, present, i) for i, p in enumerate(predictions)]
         loss_function = self.loss_function or engine.loss_function
-        self.epsilon = self._measure(predictions if present is None else None, seen, target)
+        self.epsilon, _ = self._measure(predictions if present is None else None, seen, target)
         return LateStep(
             task_loss=output[CommonKeys.LOSS],
             losses=torch.stack([mean_loss(loss_function, *pair) for pair in seen]),
@@ -185,44 +149,6 @@ class LateFusionMethod:
             batch=engine.state.batch,
             epoch=engine.state.epoch,
         )
-
-    @torch.no_grad()
-    def _measure(
-        self, predictions: Sequence[Tensor] | None, seen: Sequence[tuple[Tensor, Tensor]], target: Tensor
-    ) -> Tensor:
-        if predictions is not None:  # all members in one count
-            sums = self.metric.sums([p.detach() for p in predictions], target)
-        else:
-            sums = torch.cat([self.metric.sums([p.detach()], t) for p, t in seen])
-        # ratios of sums over all ranks, as one process with the whole batch would see
-        if idist.get_world_size() > 1:
-            sums = torch.as_tensor(idist.all_reduce(sums))
-        epsilon = self.metric.value(sums)
-        before = torch.zeros_like(epsilon) if self.epsilon is None else self.epsilon.to(epsilon)
-        # nothing that the metric could measure in this batch
-        return torch.where(torch.isfinite(epsilon), epsilon, before)
-
-    def _add_scalars(self, group: str, values: Tensor) -> None:
-        self._scalars.update({f"{group}/{m}": v for m, v in zip(self.modalities, values, strict=True)})
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on exactly."""
-        state: dict[str, Any] = {"modalities": list(self.modalities)}
-        if self.epsilon is not None:
-            state["epsilon"] = self.epsilon.cpu()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
-
-        Raises:
-            ValueError: if it comes from a run with other modalities or another order of them.
-        """
-        if tuple(state["modalities"]) != self.modalities:
-            raise ValueError(f"checkpoint is of modalities {state['modalities']}, this run has {list(self.modalities)}")
-        self.epsilon = state.get("epsilon")
 
 
 class UME(LateFusionMethod):

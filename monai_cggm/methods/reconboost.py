@@ -274,11 +274,11 @@ class ReconBoost(LateFusionMethod):
             for parameter in member.parameters():
                 parameter.grad = None  # zero would let momentum and weight decay act
 
-    def _finish(self, engine: SupervisedTrainer, *error: BaseException) -> None:
+    def _release(self) -> None:
         self._wake_the_others()  # the forward pass may have failed
         if self._handle is not None:
             self._handle.remove()
-        super()._finish(engine, *error)
+        super()._release()
 
 
 def _mean_over_ranks(values: Tensor, weights: Tensor) -> Tensor:
