@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from monai_cggm.batches import FUSED, PRESENT
 from monai_cggm.handlers.checkpoint import unwrapped
 from monai_cggm.methods.base import Step
+from monai_cggm.methods.samples import rows_with
 from monai_cggm.methods.steering import Steering
 from monai_cggm.metrics.epsilon import Epsilon
 from monai_cggm.networks.subsets import subset_masks
@@ -321,7 +322,8 @@ class AGM(Steering):
     ) -> Tensor:
         """Loss of each share over all ranks, ``(M,)``, float64; NaN where no sample has the modality."""
         if self._is_regression:
-            sums = torch.stack([_loss_and_count(loss_function, *pair) for pair in _rows(shares, target, mask)], dim=1)
+            seen = [rows_with(share, target, mask, i) for i, share in enumerate(shares)]
+            sums = torch.stack([_loss_and_count(loss_function, *pair) for pair in seen], dim=1)
             sums = sums[:, :, None]
         else:
             sums = loss_sums(shares, target, mask)
@@ -343,12 +345,6 @@ class AGM(Steering):
 
 def _along(rows: Tensor, values: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (values.ndim - 1))
-
-
-def _rows(shares: Tensor, target: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for index, share in enumerate(shares):
-        rows = slice(None) if mask is None else mask[:, index].nonzero().squeeze(1).to(target.device)
-        yield share[rows], target[rows]
 
 
 def _loss_and_count(loss_function: Callable[..., Tensor], prediction: Tensor, target: Tensor) -> Tensor:

@@ -323,25 +323,9 @@ def test_a_resumed_run_goes_on_exactly(stop, tmp_path):
     def made(seed=0):
         torch.manual_seed(seed)
         network, classifiers = Fusing(NAMES[:3]), toy.ToyClassifiers(NAMES[:3])
-        return {"n": network, "c": classifiers, "m": AGM(network, classifiers, metric(), alpha=2.0)}
+        return network, classifiers, AGM(network, classifiers, metric(), alpha=2.0)
 
-    def run(parts, data):
-        rows = []
-        engine = toy.trainer(parts["n"], everything(parts["n"], parts["c"]), data, parts["m"])
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(e.state.scalars))
-        engine.run()
-        return rows
-
-    data = toy.batches(6, modalities=3)
-    whole, first, second = made(), made(), made(seed=9)
-    expected = run(whole, data)
-    before = run(first, data[:stop])
-    torch.save({key: part.state_dict() for key, part in first.items()}, tmp_path / "state.pt")
-    for key, state in torch.load(tmp_path / "state.pt", weights_only=True).items():
-        second[key].load_state_dict(state)
-    assert before + run(second, data[stop:]) == expected
-    for name, weight in whole["n"].state_dict().items():
-        assert torch.equal(second["n"].state_dict()[name], weight), name
+    toy.assert_resumes(made, toy.batches(6, modalities=3), stop, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -219,20 +219,7 @@ def made(seed=0):
 def test_a_resumed_run_goes_on_exactly(stop, tmp_path):
     """Before, within and after a window."""
     data = toy.batches(9)
-    network, classifiers, method = made()
-    whole = Watched(method, network, classifiers, data).rows
-    first_network, first_classifiers, first = made()
-    before = Watched(first, first_network, first_classifiers, data[:stop]).rows
-    objects = {"n": first_network, "c": first_classifiers, "m": first}
-    torch.save({key: item.state_dict() for key, item in objects.items()}, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second_network, second_classifiers, second = made(seed=9)
-    for key, item in {"n": second_network, "c": second_classifiers, "m": second}.items():
-        item.load_state_dict(state[key])
-    after = Watched(second, second_network, second_classifiers, data[stop:]).rows
-    assert before + after == whole
-    for name, weight in network.state_dict().items():
-        assert torch.equal(second_network.state_dict()[name], weight), name
+    toy.assert_resumes(made, data, stop, tmp_path)
 
 
 def test_a_state_of_no_step_can_be_loaded():

@@ -4,7 +4,6 @@
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
 
 from monai_cggm.batches import prepare_batch
 from monai_cggm.handlers import Checkpoints
@@ -12,7 +11,7 @@ from monai_cggm.methods import UnimodalObserver
 from monai_cggm.methods.mslr import MSLR, progress_ratio
 from tests.methods import toy
 from tests.methods.test_likelihood import TASKS, set_up
-from tests.methods.toy import everything, gradients_of_one_step, metric, parts
+from tests.methods.toy import everything, gradients_of_one_step, metric, parts, rows_of
 
 MODALITIES = [("pet", "ct"), ("flair", "t1", "t2"), toy.MODALITIES]
 
@@ -61,14 +60,6 @@ def test_ratio_against_numpy(epochs, modalities, sign):
 )
 def test_ratio_by_hand(course, ratio):
     assert progress_ratio(torch.tensor(course, dtype=torch.float64)[:, None]).tolist() == pytest.approx([ratio])
-
-
-def rows_of(method, network, classifiers, data, **kwargs):
-    engine = toy.trainer(network, everything(network, classifiers), data, method, **kwargs)
-    rows = []
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(e.state.scalars))
-    engine.run()
-    return rows
 
 
 def column(rows, group, modalities):

@@ -4,14 +4,13 @@
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
 from monai_cggm.batches import prepare_batch
 from monai_cggm.methods.ogm_ge import OGMGE, discrepancy_ratios, ogm_coefficients
 from tests.methods import toy
 from tests.methods.test_likelihood import TASKS, by_hand, predictions_of, set_up
-from tests.methods.toy import everything, gradients_of_one_step, metric, parts
+from tests.methods.toy import everything, gradients_of_one_step, metric, parts, rows_of
 
 MODALITIES = [("pet", "ct"), ("flair", "t1", "t2"), toy.MODALITIES]
 NAN = float("nan")
@@ -165,14 +164,6 @@ def test_without_magnitude_neither_factor_nor_noise():
     assert len({seen["scalars"][f"balance/{m}"] for m in toy.MODALITIES}) > 1
 
 
-def rows_of(method, network, classifiers, data, **kwargs):
-    engine = toy.trainer(network, everything(network, classifiers), data, method, **kwargs)
-    rows = []
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(e.state.scalars))
-    engine.run()
-    return rows
-
-
 def test_both_end_after_the_last_epoch():
     network, classifiers = parts()
     method = OGMGE(network, classifiers, metric(), alpha=0.8, until_epoch=2)
@@ -235,20 +226,7 @@ def test_a_resumed_run_goes_on_exactly(stop, tmp_path):
         network, classifiers = parts(dropout=0.3, seed=seed)
         return network, classifiers, OGMGE(network, classifiers, metric(), alpha=0.8)
 
-    network, classifiers, method = made()
-    whole = rows_of(method, network, classifiers, data)
-    first_network, first_classifiers, first = made()
-    before = rows_of(first, first_network, first_classifiers, data[:stop])
-    objects = {"n": first_network, "c": first_classifiers, "m": first}
-    torch.save({key: item.state_dict() for key, item in objects.items()}, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second_network, second_classifiers, second = made(seed=9)
-    for key, item in {"n": second_network, "c": second_classifiers, "m": second}.items():
-        item.load_state_dict(state[key])
-    after = rows_of(second, second_network, second_classifiers, data[stop:])
-    assert before + after == whole
-    for name, weight in network.state_dict().items():
-        assert torch.equal(second_network.state_dict()[name], weight), name
+    toy.assert_resumes(made, data, stop, tmp_path)
 
 
 def test_watching_the_noise_draws_no_other_random_number():

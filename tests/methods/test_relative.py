@@ -4,11 +4,10 @@
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
 
 from monai_cggm.methods import RelativeBalance, relative_terms
 from tests.methods import toy
-from tests.methods.toy import everything, metric, parts
+from tests.methods.toy import metric, parts, rows_of
 
 
 def by_hand(epsilon, strength, bounds=(0.5, 1.5)):
@@ -55,14 +54,6 @@ def test_terms_by_hand(epsilon, strength, expected):
     assert relative_terms(torch.tensor(epsilon, dtype=torch.float64), strength).tolist() == pytest.approx(expected)
 
 
-def rows_of(method, network, classifiers, data, **kwargs):
-    engine = toy.trainer(network, everything(network, classifiers), data, method, **kwargs)
-    rows = []
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(e.state.scalars))
-    engine.run()
-    return rows
-
-
 def column(rows, group, modalities):
     return np.array([[row[f"{group}/{m}"] for m in modalities] for row in rows])
 
@@ -104,21 +95,7 @@ def test_a_resumed_run_goes_on_exactly(stop, tmp_path):
             RelativeBalance(network, classifiers, metric(), strength=2.0, momentum=0.2, every=4),
         )
 
-    network, classifiers, method = made()
-    whole = rows_of(method, network, classifiers, data)
-
-    first_network, first_classifiers, first = made()
-    before = rows_of(first, first_network, first_classifiers, data[:stop])
-    objects = {"n": first_network, "c": first_classifiers, "m": first}
-    torch.save({key: item.state_dict() for key, item in objects.items()}, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second_network, second_classifiers, second = made(seed=9)
-    for key, item in {"n": second_network, "c": second_classifiers, "m": second}.items():
-        item.load_state_dict(state[key])
-    after = rows_of(second, second_network, second_classifiers, data[stop:])
-    assert before + after == whole
-    for name, weight in network.state_dict().items():
-        assert torch.equal(second_network.state_dict()[name], weight), name
+    toy.assert_resumes(made, data, stop, tmp_path)
 
 
 def test_a_state_of_no_step_can_be_loaded():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
@@ -168,3 +169,29 @@ def gradients_of_one_step(network, classifiers, data, method, *, handlers=(), **
 
     engine.run()
     return seen
+
+
+def rows_of(method, network, classifiers, data, **kwargs):
+    """Train; what was logged in every step."""
+    engine = trainer(network, everything(network, classifiers), data, method, **kwargs)
+    rows = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(e.state.scalars))
+    engine.run()
+    return rows
+
+
+def assert_resumes(made, data, stop, tmp_path):
+    """Train in one go, and with a break after `stop` steps into fresh objects: weights and rows are equal.
+
+    `made(seed)` gives a network, its classifiers and a method.
+    """
+    whole, first, second = made(0), made(0), made(9)
+    expected = rows_of(whole[2], *whole[:2], data)
+    before = rows_of(first[2], *first[:2], data[:stop])
+    torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+    for part, state in zip(second, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    after = rows_of(second[2], *second[:2], data[stop:])
+    assert before + after == expected
+    for name, weight in whole[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[name], weight), name
