@@ -228,6 +228,8 @@ class AGM(Steering):
         **parts: Any,
     ) -> None:
         super().__init__(network, classifiers, metric, **parts)
+        if self.scale != "gradient":
+            raise ValueError(f"AGM changes what flows into the encoders, not their update: no scale={self.scale!r}")
         modalities = len(self.modalities)
         if modalities > MOST_MODALITIES:
             raise ValueError(

@@ -40,7 +40,7 @@ class CGGM(Steering):
     constant; :math:`g_F` is differentiated, through its closed form, so only the loss and what follows the head are
     differentiated twice. Clip after it (:class:`monai_cggm.handlers.ClipGradients`), never before.
 
-    Under Adam a constant factor on a gradient cancels; only the changes of B act there.
+    Under Adam a constant factor on a gradient cancels; only the changes of B act there, unless ``scale="update"``.
 
     Args:
         network: see :class:`UnimodalObserver`.
@@ -56,8 +56,8 @@ class CGGM(Steering):
         max_share: largest norm of the direction term's gradient at the head's input, over that of the task's; λ is
             made smaller in a step where it would be more. The paper has no such bound, and the gradient of a cosine
             grows as 1/‖g_F‖ while the task's shrinks. None: no bound.
-        parts: ``magnitude`` (False: the direction-only row of Table 6) and ``control`` of :class:`Steering`, and the
-            arguments of :class:`UnimodalObserver`.
+        parts: ``magnitude`` (False: the direction-only row of Table 6), ``scale`` and ``control`` of :class:`Steering`,
+            and the arguments of :class:`UnimodalObserver`.
 
     Raises:
         ValueError: for fewer than two modalities, ρ ≤ 0, λ < 0, max_share ≤ 0, or an unknown rule or direction.
@@ -112,7 +112,7 @@ class CGGM(Steering):
         return (
             f"CGGM(modalities={list(self.modalities)}, rho={self.rho}, lam={self.lam}, rule={self.rule!r}, "
             f"direction={self.direction!r}, max_share={self.max_share}, magnitude={self.magnitude}, "
-            f"control={self.control!r})"
+            f"scale={self.scale!r}, control={self.control!r})"
         )
 
     def attach(self, engine: SupervisedTrainer) -> None:

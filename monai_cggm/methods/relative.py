@@ -57,7 +57,8 @@ class RelativeBalance(Steering):
         momentum: weight of the newest batch, 0 to 1.
         every: iterations between two values of B; 20 after PGGB.
         until_epoch: last epoch of balancing; None: it never ends.
-        parts: ``control`` and ``magnitude`` of :class:`Steering`, and the arguments of :class:`UnimodalObserver`.
+        parts: ``control``, ``magnitude`` and ``scale`` of :class:`Steering`, and the arguments of
+            :class:`UnimodalObserver`.
 
     Raises:
         ValueError: for numbers out of their range.
@@ -107,7 +108,7 @@ class RelativeBalance(Steering):
         return (
             f"RelativeBalance(modalities={list(self.modalities)}, strength={self.strength}, bounds={self.bounds}, "
             f"momentum={self.momentum}, every={self.every}, until_epoch={self.until_epoch}, control={self.control!r}, "
-            f"magnitude={self.magnitude})"
+            f"magnitude={self.magnitude}, scale={self.scale!r})"
         )
 
     def _listen(self, engine: SupervisedTrainer) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
 from monai_cggm.methods.base import Step, UnimodalObserver
@@ -14,6 +15,8 @@ from monai_cggm.metrics.epsilon import Epsilon
 
 Control = Literal["none", "constant", "shuffled"]
 CONTROLS: tuple[Control, ...] = ("none", "constant", "shuffled")
+Scale = Literal["gradient", "update"]
+SCALES: tuple[Scale, ...] = ("gradient", "update")
 
 
 def controlled(terms: Tensor, control: Control) -> Tensor:
@@ -57,10 +60,14 @@ class Steering(UnimodalObserver):
         control: see :func:`controlled`.
         magnitude: False leaves the encoders' gradients alone; B then acts only where a part of the method or another
             handler reads it.
+        scale: what B is multiplied with. ``"gradient"``: the gradient, equation 8. ``"update"``: the step that the
+            optimizer then takes, weight decay and momentum in it. Adam divides a gradient by its own running size, so
+            that of a factor on it only the changes are left; a factor on its step stays. For SGD without momentum
+            and weight decay, and without clipping, the two are the same. The paper has no ``"update"``.
         parts: keyword arguments of :class:`UnimodalObserver`.
 
     Raises:
-        ValueError: for fewer than two modalities, or a control that does not exist.
+        ValueError: for fewer than two modalities, or a control or a scale that does not exist.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Steering(UnimodalObserver):
         *,
         control: Control = "none",
         magnitude: bool = True,
+        scale: Scale = "gradient",
         **parts: Any,
     ) -> None:
         super().__init__(network, classifiers, metric, **parts)
@@ -79,8 +87,13 @@ class Steering(UnimodalObserver):
                 f"{type(self).__name__} balances two modalities or more, the network has {list(self.modalities)}"
             )
         controlled(torch.ones(1), control)  # refuses an unknown control now rather than in the first step
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
         self.control: Control = control
         self.magnitude = magnitude
+        self.scale: Scale = scale
+        #: the encoders' weights before the optimizer's step, where its update is scaled
+        self._before: dict[str, list[Tensor]] = {}
 
     def terms(self, step: Step) -> Tensor:
         """Return this step's B before any control, ``(M,)``."""
@@ -93,15 +106,37 @@ class Steering(UnimodalObserver):
         return None
 
     def modulate(self, step: Step) -> None:
-        """Multiply encoder i's gradients by B_i, equation 8."""
+        """Multiply encoder i's gradients by B_i, equation 8, or get ready to do so with its update."""
         assert self.balance is not None
         before = torch.stack([self._scalars[f"gradient_norm/{m}"] for m in self.modalities])
-        factors = self.balance.to(before) if self.magnitude else torch.ones_like(before)
-        if self.magnitude:
+        factors = torch.ones_like(before)
+        if self.magnitude and self.scale == "update":
+            self._before = {m: [p.detach().clone() for p in self._encoder_parameters[m]] for m in self.modalities}
+        elif self.magnitude:
+            factors = self.balance.to(before)
             for modality, factor in zip(self.modalities, factors, strict=True):
                 gradients = [p.grad for p in self._encoder_parameters[modality] if p.grad is not None]
                 torch._foreach_mul_(gradients, factor)
         self._add_scalars("modulated_norm", before * factors.abs())
+
+    def _report(self, engine: SupervisedTrainer) -> None:
+        # MODEL_COMPLETED: the optimizer has taken its step
+        self._scale_updates()
+        super()._report(engine)
+
+    def _release(self) -> None:
+        super()._release()
+        self._before = {}
+
+    @torch.no_grad()
+    def _scale_updates(self) -> None:
+        for index, (modality, before) in enumerate(self._before.items()):
+            parameters: list[Tensor] = list(self._encoder_parameters[modality])
+            updates = list(torch._foreach_sub(parameters, before))
+            assert self.balance is not None
+            torch._foreach_mul_(updates, self.balance[index].to(before[0]) - 1)
+            torch._foreach_add_(parameters, updates)
+        self._before = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the observer's state and the last B, which other parts read in the step after it."""

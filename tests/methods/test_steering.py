@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Controls of a balance, and the scaling of the encoders' gradients."""
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 
-from monai_cggm.methods import CGGM, RelativeBalance, controlled
+from monai_cggm.methods import AGM, CGGM, RelativeBalance, controlled
 from monai_cggm.methods.steering import CONTROLS
 from tests.methods import toy
 from tests.methods.toy import gradients_of_one_step, metric, parts
@@ -102,3 +106,69 @@ def test_the_last_terms_survive_a_checkpoint(method):
     other.load_state_dict(steering.state_dict())
     assert torch.equal(other.balance, steering.balance)
     assert other.balance.unique().numel() > 1
+
+
+def updates(scale, optimizer, method, modalities, steps=3):
+    """What each step adds to each weight, and each step's B."""
+    network, classifiers = parts(modalities, dtype=torch.float64)
+    data = toy.batches(steps, modalities=len(modalities), dtype=torch.float64)
+    engine = toy.trainer(
+        network,
+        toy.everything(network),
+        data,
+        None if method is None else make(method, network, classifiers, scale=scale),
+    )
+    engine.optimizer = optimizer(toy.everything(network, classifiers))
+    weights, terms = [{n: p.detach().clone() for n, p in network.named_parameters()}], []
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def keep(engine):
+        weights.append({n: p.detach().clone() for n, p in network.named_parameters()})
+        if method is not None:
+            terms.append([engine.state.scalars[f"balance/{m}"] for m in modalities])
+
+    engine.run()
+    return [{n: after[n] - before[n] for n in after} for before, after in itertools.pairwise(weights)], terms
+
+
+@pytest.mark.parametrize("modalities", MODALITIES, ids=len)
+@pytest.mark.parametrize("method", [CGGM, RelativeBalance])
+def test_of_a_factor_on_the_gradient_adam_leaves_nothing_in_its_first_step_and_one_on_the_update_stays(
+    method, modalities
+):
+    adam = functools.partial(torch.optim.Adam, lr=0.01, eps=0.0)
+    plain, _ = updates("gradient", adam, None, modalities, steps=1)
+    on_gradient, _ = updates("gradient", adam, method, modalities, steps=1)
+    on_update, terms = updates("update", adam, method, modalities, steps=1)
+    assert np.ptp(terms[0]) > 1e-3
+    for name, update in plain[0].items():
+        owner = next((i for i, m in enumerate(modalities) if name.startswith(f"encoders.{m}.")), None)
+        torch.testing.assert_close(on_gradient[0][name], update, rtol=1e-9, atol=1e-14)
+        expected = update if owner is None else update * terms[0][owner]
+        torch.testing.assert_close(on_update[0][name], expected, rtol=1e-9, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("method", [CGGM, RelativeBalance])
+def test_under_plain_sgd_gradient_and_update_are_the_same(method):
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    on_gradient, _ = updates("gradient", sgd, method, toy.MODALITIES)
+    on_update, terms = updates("update", sgd, method, toy.MODALITIES)
+    assert np.ptp(terms) > 1e-3
+    for one, other in zip(on_gradient, on_update, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-8, atol=1e-13, msg=name)
+
+
+def test_a_run_that_scales_updates_resumes_exactly(tmp_path):
+    def made(seed):
+        network, classifiers = parts(seed=seed)
+        return network, classifiers, make(RelativeBalance, network, classifiers, scale="update", every=2)
+
+    toy.assert_resumes(made, toy.batches(5), 3, tmp_path)
+
+
+def test_a_scale_that_does_not_exist_or_means_nothing_is_refused():
+    with pytest.raises(ValueError, match="one of gradient, update, got 'step'"):
+        RelativeBalance(*parts(), metric(), scale="step")
+    with pytest.raises(ValueError, match="no scale='update'"):
+        AGM(*parts(network=toy.MaskedNetwork), metric(), scale="update")
