@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from monai_cggm.files import atomic_path
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
+#: other words for them, as files have them
+PART_OF = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev"), "validation"
+)
+
+#: orders of the patients that are tried where the first one does not give the sizes that were asked for
+ORDERS = 100
 
 Item = Mapping[str, Any]
 Split = dict[str, list[dict[str, Any]]]
@@ -218,11 +226,18 @@ def _sizes_of(fractions: Sequence[float], cases: int) -> list[int]:
 
 def _draw(patients: Mapping[str, list[str]], targets: Sequence[int], seed: int, *, exact: bool) -> dict[str, set[str]]:
     # RandomState's stream is frozen for good (NEP 19); default_rng's may change with NumPy.
-    order = [list(patients)[i] for i in np.random.RandomState(seed).permutation(len(patients))]
+    random = np.random.RandomState(seed)
+    order = [list(patients)[i] for i in random.permutation(len(patients))]
     parts, left = _fill(patients, order, targets)
-    if left:
-        # Patients with several cases may leave gaps that are too small: they go first, then.
-        parts, left = _fill(patients, sorted(order, key=lambda patient: -len(patients[patient])), targets)
+    # Patients with several cases may leave gaps that are too small: where sizes are asked for, other orders are tried,
+    # and at last the larger patients go first, which leaves little to chance.
+    for again in range(ORDERS if left and exact else 0):
+        order = [order[i] for i in random.permutation(len(order))]
+        if again == ORDERS - 1:
+            order.sort(key=lambda patient: -len(patients[patient]))
+        parts, left = _fill(patients, order, targets)
+        if not left:
+            break
     if left and exact:
         text = ", ".join(map(str, targets))
         raise DataError([f"no split of sizes {text} was found that keeps the cases of {left[0]} together"])
@@ -262,8 +277,8 @@ def _read_split(path: Path) -> dict[str, set[str]]:
         isinstance(ids, list) and all(isinstance(i, str) for i in ids) for ids in lists.values()
     ):
         raise DataError([f"split file {path}: expected an object with lists of case IDs under {', '.join(PARTS)}"])
-    everything = [case for ids in lists.values() for case in ids]
-    repeated = sorted({case for case in everything if everything.count(case) > 1})
+    listed = Counter(case for ids in lists.values() for case in ids)
+    repeated = sorted(case for case, times in listed.items() if times > 1)
     if repeated:
         raise DataError([f"case {case}: is listed more than once ({path})" for case in repeated])
     return {part: set(ids) for part, ids in lists.items()}

@@ -91,6 +91,17 @@ def test_patients_stay_together(seed: int, how: dict[str, Any]) -> None:
         assert counts_of(split) == [10, 4, 4]
 
 
+@pytest.mark.parametrize("how", [{"fractions": (0.8, 0.2, 0.0)}, {"sizes": (1300, 347, 0)}])
+def test_patients_of_many_sizes_are_drawn_by_the_seed(how: dict[str, Any]) -> None:
+    """Videos have 10 to 70 utterances: putting the longest ones first would leave nothing to the seed."""
+    cases = follow_ups(*range(10, 71, 1))[:1647]
+    validated = [set(ids_of(split_cases(cases, seed=seed, **how))["validation"]) for seed in range(8)]
+    shared = [len(one & other) / len(one) for one, other in itertools.combinations(validated, 2)]
+    assert max(shared) < 0.7
+    target = 347 if "sizes" in how else 329
+    assert all(abs(len(ids) - target) <= (0 if "sizes" in how else 35) for ids in validated)
+
+
 def test_patient_field_wins_over_the_id() -> None:
     cases = [{"case": f"scan{i}", "patient": f"p{i // 2}"} for i in range(6)]
     split = split_cases(cases, sizes=(2, 2, 2), seed=1)
