@@ -18,11 +18,11 @@ from monai_cggm.metrics.epsilon import Epsilon
 def relative_terms(epsilon: Tensor, strength: float, bounds: Sequence[float] = (0.5, 1.5)) -> Tensor:
     r"""Return a bounded B with mean 1 from how far each modality stands behind the mean of all.
 
-    .. math:: B_i = c \cdot \mathrm{clip}\Big(1 + s\,\frac{\bar\varepsilon - \varepsilon_i}{\bar\varepsilon},\,
+    .. math:: B_i = c \cdot \mathrm{clip}\Big(1 + s\,\frac{\bar\varepsilon - \varepsilon_i}{|\bar\varepsilon|},\,
         \text{bounds}\Big), \qquad \tfrac1M \textstyle\sum_i B_i = 1
 
     Args:
-        epsilon: ε of each modality, higher is better, none negative, ``(M,)``.
+        epsilon: ε of each modality, higher is better, all of one sign (Dice, accuracy; minus an error), ``(M,)``.
         strength: s. Above 0 it is the laggards that get more (PASSION, MWAM), below 0 the leaders (HGA, ARL).
         bounds: before the mean is set to 1. MWAM stays in about [0.5, 1.5].
 
@@ -36,7 +36,7 @@ def relative_terms(epsilon: Tensor, strength: float, bounds: Sequence[float] = (
         tensor([1.3333, 0.6667])
     """
     mean = epsilon.mean()
-    behind = torch.where(mean > 0, (mean - epsilon) / mean, torch.zeros_like(epsilon))
+    behind = torch.where(mean != 0, (mean - epsilon) / mean.abs(), torch.zeros_like(epsilon))
     terms = (1 + strength * behind).clamp(*bounds)
     return terms / terms.mean()
 
@@ -51,7 +51,7 @@ class RelativeBalance(Steering):
     Args:
         network: see :class:`UnimodalObserver`, as for the next two and ``parts``.
         classifiers: see there.
-        metric: see there; ε must not be negative, so Dice or accuracy.
+        metric: see there.
         strength: see :func:`relative_terms`.
         bounds: see there.
         momentum: weight of the newest batch, 0 to 1.

@@ -48,6 +48,9 @@ def test_terms_against_numpy(modalities, bounds, strength):
         ([0.3, 0.3, 0.3], 5.0, [1.0, 1.0, 1.0]),
         ([0.0, 0.0, 0.0, 0.0], 5.0, [1.0, 1.0, 1.0, 1.0]),
         ([0.7, 0.1], 0.0, [1.0, 1.0]),
+        ([-0.4, -0.8], 1.0, [2 / 3, 4 / 3]),  # minus an error of 0.8 lags a third behind
+        ([-0.4, -0.8], -1.0, [4 / 3, 2 / 3]),
+        ([-3.0, -0.5, -0.5], 1.0, [1.5 / 2.5 * 3, 0.5 / 2.5 * 3, 0.5 / 2.5 * 3]),
     ],
 )
 def test_terms_by_hand(epsilon, strength, expected):
