@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from monai_cggm.compare.cell import Launch, configuration_of, facts_of, failed_cell, plan_of, run_cell, start
-from monai_cggm.compare.study import ALONE, Cell, Study, find_file
+from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
 from monai_cggm.errors import DataError, users_error
 from monai_cggm.files import atomic_path
 
@@ -74,9 +74,8 @@ def run_study(
         with atomic_path(folder / "study.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
         run = _Runner(study, data, folder, _devices(jobs, threads), watch, launch or children.run, children.stop)
-        trained = run.all(cells)
-        ready = [cell for cell in ensembles if _members_are_done(cell, study, folder)]
-        return trained + run.all(ready)
+        # an ensemble is scored as soon as its members are there, so that an early stop leaves it with them
+        return run.all(ensembles + cells)
 
 
 class _Runner:
@@ -111,6 +110,9 @@ class _Runner:
                 while waiting or running:
                     unfinished = {cell.folder for cell in (*waiting, *running.values())}
                     ready = [c for c in waiting if unfinished.isdisjoint(self.needed_by(c))]
+                    for cell in [c for c in ready if self.is_without_members(c)]:
+                        waiting.remove(cell)
+                        ready.remove(cell)
                     for cell in ready[: self.workers - len(running)]:
                         waiting.remove(cell)
                         running[pool.submit(self.one, cell)] = cell
@@ -124,7 +126,12 @@ class _Runner:
                 raise
 
     def needed_by(self, cell: Cell) -> set[str]:
-        return {needed.folder for needed in self.study.needed_by(cell).values()}
+        needed = _members(cell, self.study) if cell.arm.name == ENSEMBLE else self.study.needed_by(cell).values()
+        return {other.folder for other in needed}
+
+    def is_without_members(self, cell: Cell) -> bool:
+        """Whether it is an ensemble whose members have ended, and one of them without a network."""
+        return cell.arm.name == ENSEMBLE and not _members_are_done(cell, self.study, self.out)
 
     def one(self, cell: Cell) -> dict[str, Any]:
         found = facts_of(self.out / "cells" / cell.folder)
@@ -298,6 +305,10 @@ def _is_done(cell: Cell, out: Path) -> bool:
     return facts is not None and facts["status"] == "done"
 
 
+def _members(ensemble: Cell, study: Study) -> list[Cell]:
+    cells = study.cells([ensemble.split])
+    return [c for c in cells if c.seed == ensemble.seed and c.arm.name.startswith(ALONE)]
+
+
 def _members_are_done(ensemble: Cell, study: Study, out: Path) -> bool:
-    members = [c for c in study.cells([ensemble.split]) if c.seed == ensemble.seed and c.arm.name.startswith(ALONE)]
-    return all(_is_done(member, out) for member in members)
+    return all(_is_done(member, out) for member in _members(ensemble, study))

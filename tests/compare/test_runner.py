@@ -291,6 +291,22 @@ def test_members_first_then_their_ensemble(tmp_path):
     assert first.startswith("c,test,fusion,t1,")
 
 
+def test_an_ensemble_does_not_wait_for_the_next_seed(tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    changes = {"alone": True, "splits": [str(tmp_path / "part.json")], "seeds": [3, 4], "arms": {"joint": None}}
+    path = written(tmp_path, **changes, settings={"modalities": ["t1", "t2"]})
+
+    def before(settings):
+        torch.save({"model": {"weight": torch.zeros(1)}}, Path(settings["run_dir"]) / "model.pt")
+
+    bundle = Bundle(before=before)
+    run(read_study(path), tmp_path, bundle)
+    scored = [(arm, seed) for arm, seed, what, *_ in bundle.calls if what == "score"]
+    arms = ["joint", "alone_t1", "alone_t2", "ensemble"]
+    assert scored == [(arm, seed) for seed in (3, 4) for arm in arms]
+
+
 class Networks(Bundle):
     """Leaves a model.pt behind, which says whose it is."""
 
