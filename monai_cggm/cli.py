@@ -151,12 +151,91 @@ def phantom(
     typer.echo(f"{len(ids)} cases in {out}: {ids[0]} to {ids[-1]}")
 
 
-def _shares(text: str) -> dict[str, float]:
+@app.command()
+@_reports_errors
+def phantom_features(
+    out: Annotated[Path, typer.Argument(help="File to write, .pkl.")],
+    samples: Annotated[int, typer.Option(min=60, help="How many utterances.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed; the same seed makes the same file.")] = 0,
+    informativeness: Annotated[
+        str, typer.Option(help="How much a modality says, 0 to 1; as here for all that are not named.")
+    ] = "text=1,audio=0.4,vision=0.3",
+    task: Annotated[
+        str, typer.Option(help="sentiment: a score from -3 to 3, for task=regression. emotion: one of four.")
+    ] = "sentiment",
+) -> None:
+    """Make feature sequences like those of CMU-MOSI or IEMOCAP, in the format in which these are published.
+
+    \b
+    Examples:
+      monai-cggm phantom-features sentiment.pkl --samples 1000 --seed 0
+      monai-cggm phantom-features emotions.pkl --task emotion --informativeness text=0.8,audio=0.8
+    """  # noqa: D301
+    from monai_cggm.data.phantom_features import write_phantom_features
+
+    shares = _shares(informativeness, "modality=share pairs, such as audio=0.5")
+    sizes = write_phantom_features(out, samples=samples, seed=seed, informativeness=shares, task=task)
+    typer.echo(f"{out}: " + ", ".join(f"{part} {count}" for part, count in sizes.items()))
+
+
+@app.command()
+@_reports_errors
+def prepare_food101(
+    source: Annotated[Path, typer.Argument(help="UPMC-Food 101 as published: the folder of images and texts.")],
+    out: Annotated[Path, typer.Argument(help="Folder of features to make; what is begun goes on.")],
+    bert: Annotated[
+        str, typer.Option(help="Text model: a folder, or a name on the Hugging Face Hub.")
+    ] = "bert-base-uncased",
+    vit: Annotated[str, typer.Option(help="Image model: the same.")] = "google/vit-base-patch16-224",
+    download: Annotated[
+        bool, typer.Option("--download", help="Get the models from the network where they are not on this machine.")
+    ] = False,
+    tokens: Annotated[str, typer.Option(help="cls: one vector a sample. all: every token, 65 times as much.")] = "cls",
+    max_length: Annotated[int, typer.Option(help="Tokens at which a title is cut.")] = 64,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out samples whose image is missing or broken, and repeated ones.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 32,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: a GPU if there is one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode images; default: one a core.")] = None,
+) -> None:
+    """Turn UPMC-Food 101 into features of a BERT and a ViT, once, for the bundle food101_cggm.
+
+    It goes on where it was stopped, and what is left out is listed in OUT/features.json.
+
+    \b
+    Examples:
+      monai-cggm prepare-food101 UPMC_Food101 food101_features --download
+      monai-cggm prepare-food101 UPMC_Food101 food101_tokens --tokens all --bert models/bert --vit models/vit
+    """  # noqa: D301
+    from monai_cggm.data.food101 import prepare_food101 as prepare
+
+    made = prepare(
+        source,
+        out,
+        bert=bert,
+        vit=vit,
+        tokens=tokens,
+        max_length=max_length,
+        skip_bad=skip_bad,
+        download=download,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        console=_console(stderr=True),
+    )
+    counts = ", ".join(f"{part} {count}" for part, count in made.samples.items())
+    shapes = ", ".join(f"{name} {' × '.join(map(str, shape[1:]))}" for name, shape in made.shapes.items())
+    left_out = f"; {len(made.skipped)} left out, see features.json" if made.skipped else ""
+    typer.echo(f"{made.folder}: {counts}; {shapes}{left_out}" + ("" if made.computed else " (was complete)"))
+
+
+def _shares(text: str, expected: str = "sequence=share pairs, such as t1=0.5") -> dict[str, float]:
     try:
         pairs = [part.split("=") for part in text.split(",") if part.strip()]
         return {name.strip(): float(share) for name, share in pairs}
     except ValueError:
-        raise DataError([f"--informativeness is {text!r}: expected sequence=share pairs, such as t1=0.5"]) from None
+        raise DataError([f"--informativeness is {text!r}: expected {expected}"]) from None
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import monai_cggm
 from monai_cggm.cli import app
 from monai_cggm.data.phantom import write_phantoms
+from monai_cggm.data.phantom_features import write_phantom_features
 
 CASES = ("Phantom_000", "Phantom_001", "Phantom_002")
 
@@ -126,6 +127,13 @@ def test_table_is_at_most_100_columns_wide(root: Path) -> None:
         ),
         (["phantom", "out", "--informativeness", "pet=1"], "Error: informativeness names pet, expected some of flair"),
         (["phantom", "out", "--seed", "-1"], "Error: expected at least one case and a seed of at least 0"),
+        (
+            ["phantom-features", "x.pkl", "--informativeness", "text:1"],
+            "Error: --informativeness is 'text:1': expected modality=share pairs",
+        ),
+        (["phantom-features", "x.npz"], "Error: expected a file that ends in .pkl, got x.npz"),
+        (["prepare-food101", "nowhere", "out", "--tokens", "some"], "Error: tokens must be"),
+        (["phantom-features", "x.pkl", "--task", "y"], "Error: task must be one of sentiment, emotion, got 'y'"),
     ],
 )
 def test_errors_end_with_one_line(
@@ -151,6 +159,21 @@ def test_phantom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     assert calls == [(tmp_path / "demo", {"cases": 3, "seed": 7, "informativeness": {"t1": 0.5}, "progress": True})]
     assert "Phantom_000 to Phantom_002" in result.stdout
+
+
+def test_phantom_features(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "demo.pkl"
+    shares = ("--informativeness", "audio=0.9")
+    result = run("phantom-features", out, "--samples", "70", "--seed", "3", "--task", "emotion", *shares)
+    assert result.exit_code == 0, result.output
+    expected = tmp_path / "same.pkl"
+    sizes = write_phantom_features(expected, samples=70, seed=3, task="emotion", informativeness={"audio": 0.9})
+    assert out.read_bytes() == expected.read_bytes()
+    assert result.stdout.strip() == f"{out}: " + ", ".join(f"{part} {count}" for part, count in sizes.items())
+    again = run("phantom-features", tmp_path / "default.pkl", "--samples", "70")
+    assert again.exit_code == 0
+    write_phantom_features(expected, samples=70)
+    assert (tmp_path / "default.pkl").read_bytes() == expected.read_bytes()
 
 
 def test_split(root: Path, tmp_path: Path) -> None:
@@ -196,7 +219,7 @@ def test_version() -> None:
     assert result.stdout.strip() == f"monai-cggm {monai_cggm.__version__}"
 
 
-@pytest.mark.parametrize("command", ["check", "phantom", "split", "path"])
+@pytest.mark.parametrize("command", ["check", "phantom", "phantom-features", "prepare-food101", "split", "path"])
 def test_help_has_examples(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from monai_cggm.batches import FUSED, PADDING, PRESENT
-from monai_cggm.data.splits import Split, check_patients, split_cases
+from monai_cggm.data.rows import BLOCK, Rows, Table
+from monai_cggm.data.splits import PART_OF, Split, check_patients, split_cases
 from monai_cggm.data.tables import (
     GROUPS,
     IDS,
     LABELS,
     LENGTHS,
     SPLITS,
-    Table,
     is_special,
     joined_parts,
     read_tables,
@@ -41,10 +42,6 @@ TASKS: tuple[Task, ...] = ("classification", "regression")
 
 #: keys of a sample that no modality may be called
 RESERVED = {"case", "patient", "label", "part", "index", CommonKeys.IMAGE, PRESENT, FUSED}
-#: other words for the parts of a split, in a file's own column
-_PART_OF = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev"), "validation"
-)
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,20 @@ class Samples(list[dict[str, Any]]):
     Args:
         items: the samples.
         description: of the data set.
+        skipped: ID → reason, of the samples that were left out: in published files those of no class or of several.
+            Anywhere else a sample that cannot be used is an error.
 
     Attributes:
         description: as given.
-        skipped: empty: a sample that cannot be used is an error.
+        skipped: as given.
     """
 
-    def __init__(self, items: Iterable[dict[str, Any]], description: Description) -> None:
+    def __init__(
+        self, items: Iterable[dict[str, Any]], description: Description, skipped: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(items)
         self.description = description
-        self.skipped: dict[str, str] = {}
+        self.skipped = dict(skipped or {})
 
 
 def load_features(
@@ -134,9 +135,15 @@ def load_features(
     ``source`` is a folder with a file a modality (``audio.csv``, ``text.npz``, …) and ``labels.csv`` (or ``.npy``,
     ``.npz``, ``.mat``), or one ``.npz`` or ``.mat`` file that has an array a modality and one of labels; see
     :func:`monai_cggm.data.tables.read_tables`. Arrays are ``(N, D)``, or ``(N, T, D)`` for sequences, whose lengths may
-    stand in ``<modality>_lengths``. No file can run code here.
+    stand in ``<modality>_lengths``. No file can run code here. What others publish of CMU-MOSI, CMU-MOSEI and IEMOCAP
+    is read as it lies, too (:mod:`monai_cggm.data.published`).
 
-    Rows of different files belong together by their IDs, where files have them, and by their place otherwise.
+    Arrays in ``.npy`` files of a folder may be larger than the memory: they are mapped, checked in blocks, and a
+    sample's numbers are read when they are used, in the type that they have there. Other numbers become float32, or
+    stay float16.
+
+    Rows of different files belong together by their IDs, where files have them, and by their place otherwise. Where
+    ``labels.csv`` alone has IDs, its order is that of all.
     ``groups`` (a file, key, or column of ``labels.csv``) names what a split must not part: a speaker, a video.
     ``splits``, or names such as ``x_train`` and ``x_test``, give a split that comes with the data.
 
@@ -153,7 +160,8 @@ def load_features(
         classes: the classes that are known already, so that no other may come.
 
     Returns:
-        The samples, in the order of the first modality's file.
+        The samples, in the order of the first modality's file; ``skipped`` says which ones a published file has beyond
+        them.
 
     Raises:
         ValueError: for another task.
@@ -178,27 +186,22 @@ def load_features(
     if need_label and labels is None:
         raise DataError([f"{source} has no labels, expected a file or an array called {', '.join(LABELS[:4])}"])
     features = {name: _matrix(tables[name], None if labels is None else labels.values.size) for name in names}
-    lengths = {name: tables[name + LENGTHS] for name in names if name + LENGTHS in tables}
-    groups, splits, ids = (_special(tables, kind) for kind in (GROUPS, SPLITS, IDS))
-    order = _ids(features, ids, parts)
-    everything = {**features, **{n + LENGTHS: table for n, table in lengths.items()}}
-    everything |= {n: t for n, t in {"label": labels, "group": groups, "split": splits}.items() if t is not None}
-    aligned = _aligned(everything, order)
-    present = _check_values(
-        {name: features[name] for name in names},
-        aligned,
-        {n: aligned[n + LENGTHS] for n in lengths},
-        order,
-        allow_missing,
-    )
-    items: list[dict[str, Any]] = [{"case": case} for case in order]
-    for name in names:
-        for row, item in enumerate(items):
-            if present[name][row]:
-                end = int(aligned[name + LENGTHS][row]) if name in lengths else None
-                item[name] = aligned[name][row][:end] if aligned[name].ndim == 3 else aligned[name][row]
-    group_of = [str(group) for group in aligned["group"]] if groups is not None else order
-    part_of = _parts(aligned["split"], splits) if splits is not None else parts
+    beside = {name + LENGTHS: tables[name + LENGTHS] for name in names if name + LENGTHS in tables}
+    special = {"label": labels} | {n: _special(tables, kind) for n, kind in (("group", GROUPS), ("split", SPLITS))}
+    beside |= {name: table for name, table in special.items() if table is not None}
+    ids = _ids(features, _special(tables, IDS), [_special(tables, LABELS), *beside.values()], parts)
+    places = _places({**features, **beside}, ids)
+    # only published files skip rows: their tables have one order, and say the split in a table
+    skipped = {} if labels is None else {ids[row]: reason for row, reason in labels.skipped.items()}
+    used = [row for row, case in enumerate(ids) if case not in skipped] if skipped else None
+    order = ids if used is None else [ids[row] for row in used]
+    rows = {name: _rows(table, places[name], used) for name, table in features.items()}
+    aligned = {name: _vector(table, places[name], used) for name, table in beside.items()}
+    lengths = {name: aligned[name + LENGTHS] for name in names if name + LENGTHS in aligned}
+    present = _check_values(features, rows, lengths, order, allow_missing)
+    items = _items(order, rows, lengths, present)
+    group_of = [str(group) for group in aligned["group"]] if "group" in aligned else order
+    part_of = _parts(aligned["split"], beside["split"]) if "split" in aligned else parts
     for row, item in enumerate(items):
         item["patient"] = group_of[row]
         if part_of is not None:
@@ -208,9 +211,9 @@ def load_features(
         targets, known = _labels(aligned["label"], labels.where, task, known, order)
         for item, target in zip(items, targets, strict=True):
             item["label"] = target
-    description = Description(task, tuple(names), {n: int(aligned[n].shape[-1]) for n in names}, known)
-    _tell(source, description, len(items), present)
-    return Samples(items, description)
+    description = Description(task, tuple(names), {n: rows[n].shape[-1] for n in names}, known)
+    _tell(source, description, len(items), present, skipped)
+    return Samples(items, description, skipped)
 
 
 def modalities_in(source: str | Path) -> list[str]:
@@ -302,15 +305,38 @@ def feature_statistics(samples: Sequence[Mapping[str, Any]], modalities: Sequenc
     """
     statistics = {}
     for name in modalities:
-        rows = [np.atleast_2d(sample[name]) for sample in samples if name in sample]
-        if not rows:
+        count, mean, squares, largest = 0, np.zeros(()), np.zeros(()), np.zeros(())
+        for block in _blocks_of(samples, name):
+            # Chan, Golub and LeVeque's sums of squares about the mean, joined block by block
+            size, center = len(block), block.mean(axis=0)
+            share = size / (count + size)
+            squares = squares + ((block - center) ** 2).sum(axis=0) + (center - mean) ** 2 * count * share
+            mean = mean + (center - mean) * share
+            largest = np.maximum(largest, np.abs(block).max(axis=0))
+            count += size
+        if not count:
             raise DataError([f"modality {name}: no training sample has it"])
-        values = np.concatenate(rows).astype(np.float64)
-        std = values.std(axis=0)
+        std = np.sqrt(squares / count)
         # rounding leaves a constant column with a deviation that is not quite 0
-        constant = std <= 1e-9 * np.maximum(np.abs(values).max(axis=0), 1e-30)
-        statistics[name] = (values.mean(axis=0), np.where(constant, 1.0, std))
+        constant = std <= 1e-9 * np.maximum(largest, 1e-30)
+        statistics[name] = (mean, np.where(constant, 1.0, std))
     return statistics
+
+
+def _blocks_of(samples: Iterable[Mapping[str, Any]], name: str) -> Iterator[np.ndarray]:
+    """A modality's positions one below the other in float64, ``(n, D)``, some samples at a time."""
+    rows: list[np.ndarray] = []
+    numbers = 0
+    for sample in samples:
+        if name not in sample:
+            continue
+        rows.append(np.atleast_2d(sample[name]))
+        numbers += rows[-1].size
+        if numbers >= BLOCK:
+            yield np.concatenate(rows).astype(np.float64)
+            rows, numbers = [], 0
+    if rows:
+        yield np.concatenate(rows).astype(np.float64)
 
 
 class FeatureDataset(Dataset):
@@ -373,7 +399,8 @@ class FeatureDataset(Dataset):
 
     def _values(self, sample: Mapping[str, Any], name: str) -> Tensor:
         if name in sample:
-            return torch.as_tensor(np.asarray(sample[name], dtype=np.float32))
+            values = np.asarray(sample[name], dtype=np.float32)
+            return torch.from_numpy(values if values.flags.writeable else values.copy())  # a mapped file's are not
         size = self.description.sizes[name]
         return torch.zeros(1, size) if name in self.sequences else torch.zeros(size)
 
@@ -496,19 +523,26 @@ def _matrix(table: Table, samples: int | None) -> Table:
     return replace(table, values=table.values[:, None]) if table.values.ndim == 1 else table
 
 
-def _ids(features: Mapping[str, Table], ids: Table | None, parts: Sequence[str] | None) -> list[str]:
-    """The samples' IDs in their order: those of the first file that has some, or their places."""
+def _ids(
+    features: Mapping[str, Table], ids: Table | None, others: Sequence[Table | None], parts: Sequence[str] | None
+) -> list[str]:
+    """The samples' IDs in their order: the first modality's that has some, those of all, the labels', or places.
+
+    Labels name the rows where they are not needed, too: a prediction then has the sample's own name.
+    """
     given = next((table for table in features.values() if table.ids is not None), None)
     first = next(iter(features.values()))
     if given is not None and given.ids is not None:
         found, where = list(given.ids), given.where
     elif ids is not None:
         found, where = [str(i).strip() for i in ids.values.ravel().tolist()], ids.where
+    elif (named := next((t for t in others if t is not None and t.ids is not None), None)) is not None:
+        found, where = list(named.ids or ()), named.where
     else:
-        width = len(str(len(first.values)))
-        kinds = parts if parts is not None and len(parts) == len(first.values) else ["row"] * len(first.values)
+        width = len(str(len(first)))
+        kinds = parts if parts is not None and len(parts) == len(first) else ["row"] * len(first)
         return [f"{kind}_{i:0{width}d}" for i, kind in enumerate(kinds, 1)]
-    repeated = sorted({case for case in found if found.count(case) > 1}) if len(set(found)) < len(found) else []
+    repeated = sorted(case for case, times in Counter(found).items() if times > 1)
     problems = [f"ID {case!r} is there more than once ({where})" for case in repeated[:5]]
     problems += [f"row {i} has no ID ({where})" for i, case in enumerate(found, 1) if not case][:5]
     if problems:
@@ -516,66 +550,84 @@ def _ids(features: Mapping[str, Table], ids: Table | None, parts: Sequence[str] 
     return found
 
 
-def _aligned(tables: Mapping[str, Table], order: Sequence[str]) -> dict[str, np.ndarray]:
-    """Each table's rows in the order of the IDs."""
-    aligned, problems = {}, []
+def _places(tables: Mapping[str, Table], order: Sequence[str]) -> dict[str, list[int] | None]:
+    """Where the rows of each table are, in the order of the IDs; None where they lie in it."""
+    places: dict[str, list[int] | None] = {}
+    problems = []
     known = set(order)
     for name, table in tables.items():
-        values = table.values.ravel() if _is_vector(name) else table.values
+        size = table.values.size if _is_vector(name) else len(table)
         what = name if _is_vector(name) else f"modality {name}"
-        if table.ids is not None:
-            rows = {case: i for i, case in enumerate(table.ids)}
-            lacking, unknown = [c for c in order if c not in rows], [c for c in table.ids if c not in known]
-            for kind, some in (("lacks", lacking), ("has unknown", unknown)):
-                if some:
-                    problems.append(f"{what}: {kind} {len(some)} IDs, the first is {some[0]!r} ({table.where})")
-            if len(table.ids) != len(values) or len(rows) != len(table.ids):
-                problems.append(f"{what}: {len(rows)} different IDs for {len(values)} rows ({table.where})")
-            if not problems:
-                aligned[name] = values[[rows[case] for case in order]]
-        elif len(values) != len(order):
-            problems.append(f"{what}: {len(values)} rows, expected {len(order)} ({table.where})")
-        else:
-            aligned[name] = values
+        if table.ids is None or table.ids == tuple(order):
+            places[name] = None
+            if size != len(order):
+                problems.append(f"{what}: {size} rows, expected {len(order)} ({table.where})")
+            continue
+        rows = {case: i for i, case in enumerate(table.ids)}
+        lacking, unknown = [c for c in order if c not in rows], [c for c in table.ids if c not in known]
+        for kind, some in (("lacks", lacking), ("has unknown", unknown)):
+            if some:
+                problems.append(f"{what}: {kind} {len(some)} IDs, the first is {some[0]!r} ({table.where})")
+        if len(table.ids) != size or len(rows) != len(table.ids):
+            problems.append(f"{what}: {len(rows)} different IDs for {size} rows ({table.where})")
+        if not problems:
+            places[name] = [rows[case] for case in order]
     if problems:
         raise DataError(problems)
-    return aligned
+    return places
 
 
 def _is_vector(name: str) -> bool:
     return name in ("label", "group", "split") or name.endswith(LENGTHS)
 
 
+def _rows(table: Table, places: Sequence[int] | None, used: Sequence[int] | None) -> Rows:
+    rows = Rows((table.values, *table.following), places)
+    return rows if used is None else rows.taken(used)
+
+
+def _vector(table: Table, places: Sequence[int] | None, used: Sequence[int] | None) -> np.ndarray:
+    values = table.values.ravel()
+    values = values if places is None else values[places]
+    return values if used is None else values[used]
+
+
+def _items(
+    order: Sequence[str], rows: Mapping[str, Rows], lengths: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Samples with their features, none of which is copied."""
+    items: list[dict[str, Any]] = [{"case": case} for case in order]
+    for name, values in rows.items():
+        ends = lengths.get(name)
+        for row, item in enumerate(items):
+            if present[name][row]:
+                item[name] = values[row] if ends is None else values[row][: int(ends[row])]
+    return items
+
+
 def _check_values(
     tables: Mapping[str, Table],
-    aligned: dict[str, np.ndarray],
+    rows: Mapping[str, Rows],
     lengths: Mapping[str, np.ndarray],
     order: Sequence[str],
     allow_missing: bool,
 ) -> dict[str, np.ndarray]:
-    """Turn features into float32 and say which samples have them, ``(N,)`` a modality."""
+    """Say which samples have which modality, ``(N,)`` a modality, after a look at every number."""
     present, problems = {}, []
     for name, table in tables.items():
-        values = aligned[name]
-        if values.dtype.kind not in "fiub" or values.ndim not in (2, 3):
-            kind = "objects" if values.dtype == object else f"{values.dtype} of {values.ndim} dimensions"
+        values = rows[name]
+        if values.dtype.kind not in "fiub" or len(values.shape) not in (2, 3):
+            kind = "objects" if values.dtype == object else f"{values.dtype} of {len(values.shape)} dimensions"
             problems.append(
                 f"modality {name}: holds {kind}, expected numbers (N, D) or sequences (N, T, D) ({table.where})"
             )
             continue
-        values = values.astype(np.float32)
-        with_end = np.full(len(values), values.shape[1]) if values.ndim == 3 else np.ones(len(values), dtype=int)
-        if name in lengths:
-            problem = _length_problem(lengths[name], values)
-            if problem:
-                problems.append(f"modality {name}: {problem} ({table.where})")
-                continue
-            with_end = lengths[name].astype(int)
-        beyond = np.arange(values.shape[1]) >= with_end[:, None] if values.ndim == 3 else None
-        checked = values if beyond is None else np.where(beyond[..., None], 0.0, values)
-        bad = ~np.isfinite(checked).reshape(len(checked), -1)
-        empty = np.isnan(values).reshape(len(values), -1).all(axis=1) | (with_end == 0)
-        wrong = bad.any(axis=1) & ~(empty & allow_missing) | (empty & (not allow_missing))
+        problem = _length_problem(lengths[name], values.shape) if name in lengths else None
+        if problem:
+            problems.append(f"modality {name}: {problem} ({table.where})")
+            continue
+        bad, empty = _bad_and_empty(values, lengths[name].astype(int) if name in lengths else None)
+        wrong = bad & ~(empty & allow_missing) | (empty & (not allow_missing))
         if wrong.any():
             first = int(wrong.argmax())
             hint = "; a row that is NaN throughout counts as missing with allow_missing" if empty[wrong].all() else ""
@@ -583,7 +635,7 @@ def _check_values(
                 f"modality {name}: {int(wrong.sum())} rows with NaN, infinite or no values, the first is "
                 f"{_row(first, order)}{hint} ({table.where})"
             )
-        aligned[name], present[name] = values, ~empty
+        present[name] = ~empty
     if not problems:
         none = ~np.stack(list(present.values())).any(axis=0)
         if none.any():
@@ -593,21 +645,38 @@ def _check_values(
     return present
 
 
-def _length_problem(lengths: np.ndarray, values: np.ndarray) -> str | None:
-    if values.ndim != 3:
+def _bad_and_empty(rows: Rows, lengths: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that have NaN or infinity within their length, and rows that are NaN throughout or of length 0."""
+    bad, empty = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
+    for start, block in rows.blocks():
+        here = slice(start, start + len(block))
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(block.astype(np.float32, copy=False))
+        if not finite.all():
+            empty[here] = np.isnan(block).reshape(len(block), -1).all(axis=1)
+            if lengths is not None:
+                finite |= (np.arange(block.shape[1]) >= lengths[here, None])[..., None]
+            bad[here] = ~finite.reshape(len(block), -1).all(axis=1)
+        if lengths is not None:
+            empty[here] |= lengths[here] == 0
+    return bad, empty
+
+
+def _length_problem(lengths: np.ndarray, shape: Sequence[int]) -> str | None:
+    if len(shape) != 3:
         return "has lengths and is no sequence (N, T, D)"
-    wrong = ~np.isin(lengths, np.arange(values.shape[1] + 1))
+    wrong = ~np.isin(lengths, np.arange(shape[1] + 1))
     row = int(wrong.argmax())
-    return f"length {lengths[row]} in row {row + 1}, expected 0 to {values.shape[1]}" if wrong.any() else None
+    return f"length {lengths[row]} in row {row + 1}, expected 0 to {shape[1]}" if wrong.any() else None
 
 
 def _parts(values: np.ndarray, table: Table) -> list[str]:
     words = [str(value).strip().lower() for value in values]
-    row = next((i for i, word in enumerate(words) if word not in _PART_OF), None)
+    row = next((i for i, word in enumerate(words) if word not in PART_OF), None)
     if row is not None:
         expected = "train, validation or test"
         raise DataError([f"split: {words[row]!r} in row {row + 1}, expected {expected} ({table.where})"])
-    return [_PART_OF[word] for word in words]
+    return [PART_OF[word] for word in words]
 
 
 def _row(index: int, order: Sequence[str]) -> str:
@@ -638,7 +707,10 @@ def _labels(
         refuse(np.array([not word for word in words]), "a class")
         classes = known or tuple(sorted(set(words)))
     else:
-        refuse(~np.isfinite(numbers) | (numbers != np.round(numbers)), "a whole number or a word")
+        refuse(
+            ~np.isfinite(numbers) | (numbers != np.round(numbers)),
+            "a whole number or a word for classification; other numbers need --task regression",
+        )
         words = [str(int(n)) for n in numbers]
         classes = known or tuple(str(int(n)) for n in np.unique(numbers))
     place = {name: i for i, name in enumerate(classes)}
@@ -656,7 +728,13 @@ def _as_numbers(values: np.ndarray) -> np.ndarray | None:
         return None
 
 
-def _tell(source: str | Path, description: Description, samples: int, present: Mapping[str, np.ndarray]) -> None:
+def _tell(
+    source: str | Path,
+    description: Description,
+    samples: int,
+    present: Mapping[str, np.ndarray],
+    skipped: Mapping[str, str],
+) -> None:
     of = ", ".join(f"{name} ({description.sizes[name]})" for name in description.modalities)
     missing = {name: int((~there).sum()) for name, there in present.items() if not there.all()}
     lines = [f"{samples} samples in {source} of {of}"]
@@ -665,4 +743,7 @@ def _tell(source: str | Path, description: Description, samples: int, present: M
         lines.append(f"classes: {', '.join(shown[:20])}{', …' if len(shown) > 20 else ''}")
     if missing:
         lines.append("without " + ", ".join(f"{name}: {count}" for name, count in missing.items()))
+    if skipped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(skipped.values()).most_common())
+        lines.append(f"{len(skipped)} samples left out ({reasons})")
     logger.info("; ".join(lines))

@@ -226,8 +226,8 @@ def _sizes_of(fractions: Sequence[float], cases: int) -> list[int]:
 
 def _draw(patients: Mapping[str, list[str]], targets: Sequence[int], seed: int, *, exact: bool) -> dict[str, set[str]]:
     # RandomState's stream is frozen for good (NEP 19); default_rng's may change with NumPy.
-    random = np.random.RandomState(seed)
-    order = [list(patients)[i] for i in random.permutation(len(patients))]
+    random, names = np.random.RandomState(seed), list(patients)
+    order = [names[i] for i in random.permutation(len(names))]
     parts, left = _fill(patients, order, targets)
     # Patients with several cases may leave gaps that are too small: where sizes are asked for, other orders are tried,
     # and at last the larger patients go first, which leaves little to chance.

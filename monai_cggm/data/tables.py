@@ -6,15 +6,19 @@ from __future__ import annotations
 import csv
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from monai_cggm.data.published import is_mosi, read_mosi, read_published
+from monai_cggm.data.rows import Table
 from monai_cggm.errors import DataError
 
 SUFFIXES = (".npz", ".npy", ".csv", ".mat")
+#: of published feature files
+PICKLES = (".pkl", ".pickle")
 #: names of what is no modality, in lower case
 LABELS = ("label", "labels", "y", "gt", "target", "targets", "class")
 GROUPS = ("group", "groups")
@@ -30,30 +34,15 @@ PARTS = {"_train": "train", "_validation": "validation", "_valid": "validation",
 ORDER = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
-class Table:
-    """An array with a row a sample.
-
-    Attributes:
-        values: ``(N,)``, ``(N, D)`` or ``(N, T, D)``.
-        where: the file, and the key in it if it has several, for messages.
-        ids: the samples' IDs, where the file has them.
-        turnable: whether a file of this kind may hold it with a column a sample, as MATLAB's do.
-    """
-
-    values: np.ndarray
-    where: str
-    ids: tuple[str, ...] | None = None
-    turnable: bool = False
-
-
 def read_tables(source: str | Path) -> dict[str, Table]:
-    r"""Read every array of a folder with one file each, or of a single ``.npz`` or ``.mat`` file.
+    r"""Read every array of a folder with one file each, or of a single ``.npz``, ``.mat`` or published ``.pkl`` file.
 
     In a folder ``<name>.csv`` and the like give ``<name>``; a file of several arrays gives that of its own name, or the
     only one, and IDs (``ids``) and lengths (``lengths``) beside it. A CSV file may have a header; then a column ``id``
     gives IDs, and ``labels.csv`` may have the columns ``group`` and ``split`` too. MATLAB's multi-view files, a cell
-    ``X`` of views and ``Y``, give ``view1`` to ``viewV`` and ``labels``.
+    ``X`` of views and ``Y``, give ``view1`` to ``viewV`` and ``labels``. A ``.npy`` file is mapped into memory, not
+    read. Published files of CMU-MOSI, CMU-MOSEI and IEMOCAP are read as they lie:
+    :mod:`monai_cggm.data.published`.
 
     Args:
         source: the folder or file.
@@ -73,17 +62,21 @@ def read_tables(source: str | Path) -> dict[str, Table]:
     """
     path = Path(source)
     if path.is_dir():
-        return _in_folder(path)
+        return read_mosi(path) if is_mosi(path) else _in_folder(path)
     if not path.is_file():
         raise DataError([f"{path} is neither a file nor a folder"])
+    if path.suffix.lower() in PICKLES:
+        return read_published(path)
     if path.suffix.lower() not in (".npz", ".mat"):
-        raise DataError([f"{path}: expected a folder with a file a modality, or a .npz or .mat file that holds all"])
+        raise DataError(
+            [f"{path}: expected a folder with a file a modality, or a .npz, .mat or published .pkl file that holds all"]
+        )
     arrays = _read(path)
     return _views(arrays, path) or arrays
 
 
 def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[str, ...] | None]:
-    """Put the parts of each array together: ``x_train`` and ``x_test`` become ``x``.
+    """Put the parts of each array together: ``x_train`` and ``x_test`` become ``x``, without copying modalities.
 
     Args:
         tables: name → table.
@@ -97,8 +90,8 @@ def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[s
     Example:
         >>> tables = {f"x_{part}": Table(np.zeros((n, 2)), "file") for part, n in (("train", 2), ("test", 1))}
         >>> joined, parts = joined_parts(tables)
-        >>> joined["x"].values.shape, parts
-        ((3, 2), ('train', 'train', 'test'))
+        >>> len(joined["x"]), parts
+        (3, ('train', 'train', 'test'))
     """
     found: dict[str, dict[str, Table]] = {}
     for name, table in tables.items():
@@ -171,13 +164,18 @@ def _joined(name: str, parts: Mapping[str, Table], rows: Mapping[str, int]) -> T
     if problems:
         raise DataError(problems)
     ids = None if any(piece.ids is None for piece in pieces) else tuple(i for p in pieces for i in p.ids or ())
-    return replace(first, values=np.concatenate([piece.values for piece in pieces]), ids=ids, turnable=False)
+    arrays = tuple(piece.values for piece in pieces)
+    if is_special(name):
+        return replace(first, values=np.concatenate(arrays), ids=ids, turnable=False)
+    return replace(first, values=arrays[0], following=arrays[1:], ids=ids, turnable=False)
 
 
 def _in_folder(folder: Path) -> dict[str, Table]:
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not paths:
-        raise DataError([f"{folder} has no file that ends in {', '.join(SUFFIXES)}"])
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
+        hint = f"; name the file that is meant itself: {', '.join(pickles[:5])}" if pickles else ""
+        raise DataError([f"{folder} has no file that ends in {', '.join(SUFFIXES)}{hint}"])
     tables: dict[str, Table] = {}
     problems: list[str] = []
     for path in paths:
@@ -232,7 +230,7 @@ def _read(path: Path) -> dict[str, Table]:
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     # without pickles: an object array would run code of whoever wrote it, and is refused
-    loaded = np.load(path, allow_pickle=False)
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # .npz files cannot be mapped, and are read
     if isinstance(loaded, np.ndarray):
         return {path.stem: loaded}
     with loaded:

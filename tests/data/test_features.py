@@ -4,6 +4,8 @@
 import json
 import logging
 import pickle
+import tracemalloc
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,9 @@ from monai_cggm.data.features import (
     modalities_in,
     split_features,
 )
+from monai_cggm.data.phantom_features import write_phantom_features
+from monai_cggm.data.rows import Rows
+from monai_cggm.data.splits import write_split
 from monai_cggm.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -200,6 +205,7 @@ def test_classes_are_numbered_in_their_order_and_told(labels, classes, targets, 
     [
         ([1, 2, np.nan, 1], {}, "labels: row 3 (row_3) is 'nan', expected a whole number or a word"),
         ([1, 2, 1.5, 1], {}, "labels: row 3 (row_3) is '1.5', expected a whole number"),
+        ([1, 2, 1.5, 1], {}, "other numbers need --task regression"),
         ([1, 1, 1, 1], {}, "one class only, '1'"),
         (["a", "b", "", "a"], {}, "labels: row 3 (row_3) is '', expected a class"),
         ([1, 2, 3, 1], {"classes": ("1", "2")}, "labels: row 3 (row_3) is '3', expected one of the 2 classes 1, 2"),
@@ -330,6 +336,10 @@ def test_sequences_and_their_lengths(tmp_path):
     again = load_features(folder)
     assert [len(s["text"]) for s in again] == lengths.tolist()
     assert [s["label"] for s in again] == [s["label"] for s in samples]
+    np.savez(tmp_path / "none.npz", a=A, text=text, text_lengths=lengths * (np.arange(8) != 4), labels=LABELS)
+    assert "1 rows with NaN, infinite or no values, the first is row 5" in problems(tmp_path / "none.npz")[0]
+    without = load_features(tmp_path / "none.npz", allow_missing=True)
+    assert ["text" in s for s in without] == [i != 4 for i in range(8)]
     np.savez(tmp_path / "long.npz", text=text, text_lengths=lengths + 1, labels=LABELS)
     assert "length 7 in row 1, expected 0 to 6" in problems(tmp_path / "long.npz")[0]
 
@@ -347,6 +357,158 @@ def test_a_number_that_never_changes_is_not_divided_by_nothing():
     np.testing.assert_allclose(mean, [np.float32(0.1), 2.0])
     with pytest.raises(DataError, match="modality b: no training sample has it"):
         feature_statistics(samples, ["b"])
+
+
+def parts_of_statistics(samples):
+    values = np.concatenate([np.atleast_2d(s["a"]) for s in samples]).astype(np.float64)
+    return values.mean(axis=0), values.std(axis=0)
+
+
+def test_statistics_are_those_of_all_values_at_once(monkeypatch):
+    rng = np.random.default_rng(1)
+    sequences = [{"a": rng.normal(size=(rng.integers(1, 9), 3)).astype(np.float32) * [1, 1e3, 1e-3]} for _ in range(50)]
+    far = [{"a": 1e6 + rng.normal(size=4)} for _ in range(200)]
+    halves = [{"a": rng.normal(size=5).astype(np.float16)} for _ in range(30)]
+    for samples in (sequences, far, halves):
+        mean, std = feature_statistics(samples, ["a"])["a"]
+        expected = parts_of_statistics(samples)
+        np.testing.assert_array_equal(mean, expected[0])  # to the last bit: trainings of before stay what they were
+        np.testing.assert_array_equal(std, expected[1])
+        with monkeypatch.context() as patch:
+            patch.setattr("monai_cggm.data.features.BLOCK", 7)
+            mean, std = feature_statistics(samples, ["a"])["a"]
+        np.testing.assert_allclose(mean, expected[0], rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(std, expected[1], rtol=1e-9)
+
+
+def mapped(array):
+    """Whether an array's memory is that of a mapped file."""
+    while array is not None and not isinstance(array, np.memmap):
+        array = array.base
+    return array is not None
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int8])
+def test_npy_files_are_mapped_and_keep_their_type(kind, tmp_path):
+    values = (A * 3).astype(kind)
+    np.save(tmp_path / "a.npy", values)
+    np.save(tmp_path / "seq.npy", np.arange(48.0).reshape(8, 3, 2).astype(kind))
+    np.save(tmp_path / "seq_lengths.npy", [1, 2, 3] * 2 + [1, 1])
+    np.save(tmp_path / "labels.npy", LABELS)
+    samples = load_features(tmp_path)
+    assert all(mapped(s["a"]) and mapped(s["seq"]) and not s["a"].flags.writeable for s in samples)
+    assert {s["a"].dtype for s in samples} == {np.dtype(kind)}
+    assert [len(s["seq"]) for s in samples] == [1, 2, 3] * 2 + [1, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of PyTorch, about memory that must not be written
+        item = FeatureDataset(samples, samples.description)[2]
+    assert item["image"]["a"].dtype == item["image"]["seq"].dtype == torch.float32
+    np.testing.assert_array_equal(item["image"]["a"], values[2].astype(np.float32))
+    np.testing.assert_array_equal(item["image"]["seq"], np.arange(12, 18).reshape(3, 2))
+
+
+def test_parts_in_npy_files_are_mapped(tmp_path):
+    for part, rows in (("train", slice(0, 5)), ("test", slice(5, 8))):
+        np.save(tmp_path / f"a_{part}.npy", A[rows])
+        np.save(tmp_path / f"b_{part}.npy", B[rows])
+        np.save(tmp_path / f"labels_{part}.npy", LABELS[rows])
+    samples = load_features(tmp_path)
+    check(samples)
+    assert all(mapped(s["a"]) and mapped(s["b"]) for s in samples)
+    assert [s["part"] for s in samples] == ["train"] * 5 + ["test"] * 3
+    spoiled = B.copy()
+    spoiled[6, 1] = np.inf
+    np.save(tmp_path / "b_test.npy", spoiled[5:])
+    (problem,) = problems(tmp_path)
+    assert "modality b: 1 rows with NaN, infinite or no values, the first is row 7 (test_7)" in problem
+
+
+def test_a_large_file_is_not_copied(tmp_path):
+    large = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.float16, (400, 64, 1000))
+    large[:] = 1
+    large[7, 3, 5] = 3
+    large.flush()
+    size = large.nbytes  # 51 MB
+    del large
+    np.save(tmp_path / "labels.npy", np.arange(400) % 2)
+    tracemalloc.start()
+    try:
+        samples = load_features(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert mapped(samples[0]["a"])
+    assert samples[7]["a"][3, 5] == 3
+    assert peak < size / 2
+    assert kept < size / 20
+
+
+def test_a_number_too_large_for_a_network_is_found_in_a_mapped_file(tmp_path):
+    values = A.astype(np.float64)
+    values[4, 1] = 1e300
+    np.save(tmp_path / "a.npy", values)
+    np.save(tmp_path / "labels.npy", LABELS)
+    assert "1 rows with NaN, infinite or no values, the first is row 5 (row_5)" in problems(tmp_path)[0]
+
+
+def test_rows_of_several_arrays_in_another_order(tmp_path):
+    np.save(tmp_path / "a.npy", A)
+    first = np.load(tmp_path / "a.npy", mmap_mode="r")
+    order = [9, 0, 7, 8, 3]
+    expected = np.concatenate([A, A[:3] + 1])[order]
+    rows = Rows([first, A[:3] + 1], order)
+    assert [rows.shape, len(rows), rows.dtype] == [(5, 3), 5, np.dtype(np.float32)]
+    np.testing.assert_array_equal([rows[i] for i in range(5)], expected)
+    assert [mapped(rows[i]) for i in range(5)] == [False, True, True, False, True]
+    for numbers in (1, 6, 100):
+        blocks = list(rows.blocks(numbers))
+        assert [start for start, _ in blocks] == list(range(0, 5, max(1, numbers // 3)))
+        np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), expected)
+    np.testing.assert_array_equal(rows.taken([4, 1])[0], expected[4])
+    one = Rows([first], [3, 1])
+    assert mapped(one[0])
+    np.testing.assert_array_equal(next(one.blocks())[1], A[[3, 1]])
+
+
+def test_ids_of_labels_name_rows_that_have_none(tmp_path):
+    write(tmp_path, "a", A, "npy")
+    write(tmp_path, "b", B, "csv")
+    ids = [f"s{i}" for i in range(8)]
+    pd.DataFrame({"id": ids, "label": LABELS}).to_csv(tmp_path / "labels.csv", index=False)
+    samples = load_features(tmp_path)
+    check(samples)
+    assert [s["case"] for s in samples] == ids
+    unlabelled = load_features(tmp_path, need_label=False)
+    assert [s["case"] for s in unlabelled] == ids
+    assert not any("label" in s for s in unlabelled)
+
+
+def test_as_many_samples_as_a_published_set_has(tmp_path):
+    count = 30_000  # what takes the square of it would take minutes
+    np.save(tmp_path / "a.npy", np.ones((count, 2), dtype=np.float16))
+    words = pd.DataFrame({"id": [f"s{i}" for i in range(count)], "label": np.arange(count) % 101})
+    words.assign(group=[f"g{i // 2}" for i in range(count)]).to_csv(tmp_path / "labels.csv", index=False)
+    samples = load_features(tmp_path)
+    split = split_features(samples)
+    write_split(split, tmp_path / "split.json", seed=0)
+    again = split_features(samples, split_file=tmp_path / "split.json")
+    assert again == split
+    assert sum(len(chosen) for chosen in split.values()) == count
+
+
+def test_a_generated_file_gives_its_own_split(tmp_path):
+    sizes = write_phantom_features(tmp_path / "phantom.pkl", samples=80, seed=2)
+    samples = load_features(tmp_path / "phantom.pkl", task="regression")
+    split = split_features(samples)
+    assert {part: len(items) for part, items in split.items()} == {
+        "train": sizes["train"],
+        "validation": sizes["valid"],
+        "test": sizes["test"],
+    }
+    assert all(sample["part"] == part for part, items in split.items() for sample in items)
+    assert samples.description.outputs == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
