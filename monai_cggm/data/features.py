@@ -520,7 +520,9 @@ def _modalities(tables: Mapping[str, Table], wanted: Sequence[str] | None, sourc
 def _matrix(table: Table, samples: int | None) -> Table:
     """A modality's table with a row a sample, also where a row is one number."""
     table = turned(table, samples)
-    return replace(table, values=table.values[:, None]) if table.values.ndim == 1 else table
+    if table.values.ndim > 1:
+        return table
+    return replace(table, values=table.values[:, None], following=tuple(piece[:, None] for piece in table.following))
 
 
 def _ids(

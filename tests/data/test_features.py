@@ -542,3 +542,14 @@ def test_the_digits(real_data):
     assert samples.description.classes == tuple(map(str, range(1, 11)))
     assert torch.tensor([s["label"] for s in samples]).bincount().tolist() == [200] * 10
     assert [len(v) for v in split_features(samples).values()] == [1318, 282, 400]
+
+
+def test_one_number_a_row_may_come_in_parts(tmp_path):
+    values = np.arange(14.0)
+    parts = {"train": slice(0, 10), "test": slice(10, 14)}
+    arrays = {f"a_{part}": values[rows] for part, rows in parts.items()}
+    labels = {f"labels_{part}": np.arange(14)[rows] % 2 for part, rows in parts.items()}
+    np.savez(tmp_path / "parts.npz", **arrays, **labels)
+    samples = load_features(tmp_path / "parts.npz")
+    assert [s["a"].tolist() for s in samples] == [[v] for v in values]
+    assert [s["part"] for s in samples] == ["train"] * 10 + ["test"] * 4
