@@ -324,9 +324,14 @@ def _other_parts(config: Mapping[str, Any]) -> set[str]:
 
 
 def _told(part: Mapping[str, Any]) -> dict[str, str]:
-    """The plain settings of a part that say something."""
+    """The plain settings of a part that say something: B on the gradient is what equation 8 says."""
     texts = {str(name): _text(value) for name, value in part.items() if name not in ("_target_", "seed", "modalities")}
-    return {name: text for name, text in texts.items() if text is not None and text not in ("null", "none")}
+    silent = ("null", "none")
+    return {
+        name: text
+        for name, text in texts.items()
+        if text is not None and text not in silent and (name, text) != ("scale", "gradient")
+    }
 
 
 def _state_by_columns(columns: Sequence[str]) -> str:

@@ -168,3 +168,14 @@ def test_reading_needs_no_torch():
 
 def test_a_method_that_is_the_default_has_the_papers_numbers():
     assert kind_of({"method": CGGM}, [], "run").rho == 1.2
+
+
+def test_b_on_the_gradient_goes_without_saying_and_on_the_update_does_not():
+    method = {"_target_": "monai_cggm.methods.CGGM", "rho": 1.2, "lam": 0.1}
+    plain, gradient, update = (
+        kind_of({"method": {**method, **extra}}, [], "run")
+        for extra in ({}, {"scale": "gradient"}, {"scale": "update"})
+    )
+    assert gradient == plain
+    assert plain.state == "both"
+    assert (update.state, update.label) == ("other", "CGGM, ρ=1.2, λ=0.1, paper, scale=update")
