@@ -267,7 +267,11 @@ def _finished(value: Any, seen: dict[int, Any]) -> Any:
     if isinstance(value, _Array):
         return value.finished(seen)
     if isinstance(value, tuple):
-        return tuple(_finished(element, seen) for element in value)
+        # once each: a tuple of twice the same tuple, many times over, is a few bytes in a file and would never end.
+        # Both are kept, so that no other object gets this one's number
+        if id(value) not in seen:
+            seen[id(value)] = (value, tuple(_finished(element, seen) for element in value))
+        return seen[id(value)][1]
     if isinstance(value, (set, frozenset)):
         return type(value)(_finished(element, seen) for element in value)
     if not isinstance(value, (list, dict)):

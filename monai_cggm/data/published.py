@@ -119,8 +119,8 @@ def read_mosi(folder: str | Path) -> dict[str, Table]:
         folder: the folder.
 
     Returns:
-        ``text`` (100 numbers), ``audio`` (73), ``video`` (100), ``labels``, ``ids``, ``groups`` (the videos) and
-        ``splits`` (train and test).
+        ``text`` (100 numbers), ``audio`` (73), ``video`` (100), ``labels`` (negative or positive), ``ids``, ``groups``
+        (the videos) and ``splits`` (train and test).
 
     Raises:
         DataError: for files that are missing or are no tables of numbers, and names the rows that do not agree.
@@ -145,7 +145,9 @@ def read_mosi(folder: str | Path) -> dict[str, Table]:
         )
         for name in MOSI_MODALITIES
     }
-    tables["labels"] = Table(np.concatenate([arrays["text"][:, -1] for arrays, _ in parts.values()]), str(folder))
+    positive = np.concatenate([arrays["text"][:, -1] for arrays, _ in parts.values()])
+    # words: as numbers they would pass for scores in a regression
+    tables["labels"] = Table(np.where(positive == 1, "positive", "negative"), str(folder))
     sizes = {part: len(found) for part, (_, found) in parts.items()}
     return tables | _beside(ids, [_group(case, own=True) for case in ids], sizes, str(folder))
 
@@ -275,8 +277,15 @@ def _labels(pieces: Sequence[np.ndarray], sizes: Mapping[str, int], path: Path) 
         shapes = ", ".join(str(piece.shape) for piece in pieces)
         raise DataError([f"labels: are {shapes}, expected one number a row, or yes and no for 4 emotions ({where})"])
     marks = np.concatenate(pieces) > 0.5
-    single = (marks.sum(axis=1) == 1).sum(axis=0)
-    yes = marks[..., 1 if single[1] >= single[0] else 0]
+    no, yes = marks[..., 0], marks[..., 1]
+    wrong = (no == yes).any(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(
+            [f"labels: row {row + 1} has yes and no, or neither, for {_names(no[row] == yes[row])} ({where})"]
+        )
+    if (no.sum(axis=1) == 1).sum() > (yes.sum(axis=1) == 1).sum():
+        raise DataError([f"labels: the second of two columns must say yes, and most rows have one no in it ({where})"])
     counts = yes.sum(axis=1)
     words = np.array(EMOTIONS)[yes.argmax(axis=1)]
     skipped = {int(row): f"its emotions are {_names(yes[row])}, expected one" for row in np.flatnonzero(counts != 1)}

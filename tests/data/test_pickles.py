@@ -284,3 +284,16 @@ def test_values_that_hold_themselves(tmp_path):
     assert found[1] is found
     deep = b"]" * 5_000 + b"a" * 4_999
     assert "is no pickle, or a broken one" in problem(written(tmp_path, b"\x80\x04" + deep + b"."))
+
+
+def test_a_few_bytes_cannot_stand_for_endless_tuples(tmp_path):
+    nested = ()
+    for _ in range(200):
+        nested = (nested, nested)
+    (tmp_path / "small.pkl").write_bytes(pickle.dumps(nested))
+    assert (tmp_path / "small.pkl").stat().st_size < 2000
+    found = read_pickle(tmp_path / "small.pkl")
+    for _ in range(200):
+        assert found[0] is found[1]
+        found = found[0]
+    assert found == ()

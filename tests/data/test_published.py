@@ -197,18 +197,17 @@ def test_other_names_and_types(rng, tmp_path):
     assert {s["part"] for s in samples} == {"test"}
 
 
-def emotions(marks, yes=1):
+def emotions(marks):
     marks = np.array(marks)
-    return np.stack([1 - marks, marks] if yes else [marks, 1 - marks], axis=-1).astype(np.float64)
+    return np.stack([1 - marks, marks], axis=-1).astype(np.float64)
 
 
-@pytest.mark.parametrize("yes", [1, 0])
-def test_emotions_of_iemocap(yes, rng, tmp_path, caplog):
+def test_emotions_of_iemocap(rng, tmp_path, caplog):
     marks = [[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0]]
     text = rng.normal(size=(7, 3, 2))
     content = {
-        "train": {"text": text[:5], "labels": emotions(marks[:5], yes)},
-        "test": {"text": text[5:], "labels": emotions(marks[5:], yes)},
+        "train": {"text": text[:5], "labels": emotions(marks[:5])},
+        "test": {"text": text[5:], "labels": emotions(marks[5:])},
     }
     path = written(tmp_path, content)
     with caplog.at_level(logging.INFO):
@@ -229,6 +228,20 @@ def test_emotions_of_iemocap(yes, rng, tmp_path, caplog):
     assert [s["part"] for s in samples] == ["train"] * 4 + ["test"]
     everything = load_features(path, need_label=False)
     assert [len(everything), everything.skipped] == [7, {}]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda labels: labels[..., ::-1], "the second of two columns must say yes"),
+        (lambda labels: np.where(np.arange(4)[:, None, None] == 2, 1.0, labels), "row 3 has yes and no, or neither"),
+    ],
+)
+def test_emotions_whose_yes_and_no_do_not_fit_are_refused(spoil, expected, rng, tmp_path):
+    labels = emotions([[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]])
+    path = written(tmp_path, {"train": {"text": rng.normal(size=(4, 3, 2)), "labels": spoil(labels)}})
+    (problem,) = problems(path)
+    assert expected in problem
 
 
 def test_sentiment_is_no_class(rng, tmp_path):
@@ -459,7 +472,7 @@ def test_utterances_of_mosi(rng, tmp_path):
     assert samples.description.sizes == {"text": 4, "audio": 3, "video": 2}
     assert [s["case"] for s in samples][:3] == ["v_0_2", "v_0_1", "v_0_10"]
     assert [s["patient"] for s in samples] == ["v_0"] * 3 + ["v_2"] * 3 + ["v_1"] * 3 + ["v_3"] * 3
-    assert samples.description.classes == ("0", "1")
+    assert samples.description.classes == ("negative", "positive")
     assert [s["label"] for s in samples] == [0, 0, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0]
     for part, items in (("train", samples[:9]), ("test", samples[9:])):
         for name in ("text", "audio", "video"):

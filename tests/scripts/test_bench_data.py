@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,17 +10,12 @@ import typer
 from typer.testing import CliRunner
 
 from monai_cggm.data.phantom import write_phantoms
+from tests.scripts.loading import script_module
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "bench_data.py"
-    spec = importlib.util.spec_from_file_location("bench_data", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("bench_data")
 
 
 def test_table_and_json_hold_every_way(tmp_path: Path, script: ModuleType):

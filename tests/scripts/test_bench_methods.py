@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -11,16 +10,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.scripts.loading import script_module
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "bench_methods.py"
-    spec = importlib.util.spec_from_file_location("bench_methods", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("bench_methods")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -20,6 +19,7 @@ from typer.testing import CliRunner
 
 from monai_cggm.errors import CaseError, DataError
 from monai_cggm.metrics import BRATS_REGIONS, region_scores
+from tests.scripts.loading import script_module
 
 INF, NAN = math.inf, math.nan
 REGIONS = ("wt", "tc", "et")
@@ -38,14 +38,7 @@ RECORDED = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "check_official.py"
-    spec = importlib.util.spec_from_file_location("check_official", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_official"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script_module("check_official")
 
 
 def small_cases(script: ModuleType) -> list:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,16 +10,12 @@ import typer
 from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
+from tests.scripts.loading import script_module
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "linear_baseline.py"
-    spec = importlib.util.spec_from_file_location("linear_baseline", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("linear_baseline")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from tests.scripts.loading import script_module
+
 KEYS = ("flair", "t1ce", "t1", "t2", "seg")
 IDS = ("Brats18_2013_2_1", "BraTS-GLI-00000-000")
 SHAPE = (16, 12, 11)
@@ -25,13 +26,8 @@ OBLIQUE = [[0, 0.9, 0.1, 5], [1, 0, 0, -7], [0, 0.2, -1.2, 3], [0, 0, 0, 1]]
 
 
 @pytest.fixture(scope="module")
-def script(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_2mm", repository / "scripts" / "prepare_2mm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return script_module("prepare_2mm")
 
 
 @pytest.fixture
