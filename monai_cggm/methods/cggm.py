@@ -60,7 +60,8 @@ class CGGM(Steering):
             and the arguments of :class:`UnimodalObserver`.
 
     Raises:
-        ValueError: for fewer than two modalities, ρ ≤ 0, λ < 0, max_share ≤ 0, or an unknown rule or direction.
+        ValueError: for fewer than two modalities, ρ ≤ 0, λ < 0, max_share ≤ 0, an unknown rule or direction, or the
+            paper's rule, which has no bound, on the optimizer's step.
 
     Example:
         >>> from monai_cggm.metrics import RegionDice
@@ -94,9 +95,12 @@ class CGGM(Steering):
             raise ValueError(f"direction must be 'gradient', 'weights', 'lagged' or 'off', got {direction!r}")
         if max_share is not None and not max_share > 0:
             raise ValueError(f"max_share must be positive or None, got {max_share}")
-        balance(
-            torch.ones(len(self.modalities)), rho, rule
-        )  # refuses an unknown rule now rather than in the first step
+        balance(torch.ones(len(self.modalities)), rho, rule)  # refuses an unknown rule before the first step
+        if self.scale == "update" and rule == "paper":
+            raise ValueError(
+                "scale='update' multiplies the optimizer's own step, and equation 7 has no bound: give a bounded rule, "
+                "such as rule='positive'"
+            )
         self.rho = rho
         self.lam = lam
         self.rule: Rule = rule

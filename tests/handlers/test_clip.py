@@ -3,12 +3,12 @@ import copy
 
 import pytest
 import torch
-from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
 from monai_cggm.handlers import ClipGradients, unscale_once
+from tests.methods import toy
 
 
 class Two(nn.Module):
@@ -89,16 +89,6 @@ def test_accumulated_gradients_are_clipped_once_before_the_step(accumulate, batc
     assert_equal(net.state_dict(), by_hand(network(), 0.5, batches, accumulate))
 
 
-class ScaleOnCpu:
-    """Mixed precision's loss scale without its arithmetic: powers of two change no digit."""
-
-    def attach(self, engine):
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine):
-        engine.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
 @pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler:FutureWarning")
@@ -119,7 +109,7 @@ def test_under_a_loss_scale_the_true_gradients_are_clipped(accumulate):
                 unscale_once(engine)
                 seen.append(net.b.weight.grad.norm().item())
 
-    handlers = [ScaleOnCpu(), Look(), ClipGradients([net.a, net.b], 0.5)]
+    handlers = [toy.ScaleOnCpu(), Look(), ClipGradients([net.a, net.b], 0.5)]
     engine = trainer(net, handlers, amp=True, accumulation_steps=accumulate)
     engine.run()
     assert engine.scaler.get_scale() == 1024.0

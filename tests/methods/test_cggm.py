@@ -415,6 +415,7 @@ def test_wrong_parts_are_refused_at_construction(spoil, message):
         ({"direction": "up"}, "got 'up'"),
         ({"max_share": 0.0}, "max_share must be positive or None, got 0.0"),
         ({"control": "reversed"}, "none, constant, shuffled, got 'reversed'"),
+        ({"scale": "update"}, "equation 7 has no bound: give a bounded rule"),
     ],
 )
 def test_wrong_numbers_are_refused_at_construction(arguments, message):

@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -48,7 +49,11 @@ def uncontrolled_terms(method, epsilon):
 
 
 def make(method, network, classifiers, **kwargs):
-    extra = {"rho": 1.2, "direction": "off"} if method is CGGM else {"strength": 1.0, "bounds": (0.5, 1.5)}
+    extra = (
+        {"rho": 1.2, "direction": "off", "rule": "positive"}
+        if method is CGGM
+        else {"strength": 1.0, "bounds": (0.5, 1.5)}
+    )
     return method(network, classifiers, metric(), **extra, **kwargs)
 
 
@@ -157,6 +162,37 @@ def test_under_plain_sgd_gradient_and_update_are_the_same(method):
     for one, other in zip(on_gradient, on_update, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-8, atol=1e-13, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler:FutureWarning")
+@pytest.mark.parametrize("method", [CGGM, RelativeBalance])
+def test_updates_are_scaled_alike_under_a_loss_scale_and_a_step_that_it_skips_stays_skipped(method):
+    def run(overflow, **kwargs):
+        network, classifiers = parts()
+        data, weights = toy.batches(3), []
+        parameters = toy.everything(network, classifiers)
+        chosen = make(method, network, classifiers, scale="update")
+        engine = toy.trainer(network, parameters, data, chosen, **kwargs)
+        engine.optimizer = torch.optim.Adam(parameters, lr=0.01)
+
+        network.trunk[0].weight.register_hook(lambda g: g * math.inf if overflow and engine.state.iteration == 2 else g)
+
+        @engine.on(Events.ITERATION_COMPLETED)
+        def keep(engine):
+            weights.append([p.detach().clone() for p in network.parameters()])
+
+        engine.run()
+        return weights
+
+    plain, scaled = run(False), run(False, handlers=[toy.ScaleOnCpu()], amp=True)
+    for found, right in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+    one, two, three = run(True, handlers=[toy.ScaleOnCpu()], amp=True)
+    assert all(map(torch.equal, one, two))
+    assert not any(map(torch.equal, two, three))
+    assert all(w.isfinite().all() for w in three)
 
 
 def test_a_run_that_scales_updates_resumes_exactly(tmp_path):

@@ -53,6 +53,10 @@ def relative(network, classifiers):
     return RelativeBalance(network, classifiers, toy.metric(), strength=2.0, every=2)
 
 
+def update(network, classifiers):
+    return RelativeBalance(network, classifiers, toy.metric(), strength=2.0, scale="update")
+
+
 def bounded(network, classifiers):
     return CGGM(network, classifiers, toy.metric(), lam=5.0, max_share=0.3)
 
@@ -109,6 +113,7 @@ METHODS = {
     "weights": (lambda n, c: CGGM(n, c, toy.metric(), rho=1.2, lam=0.5, direction="weights"), lambda method: []),
     "bounded": (bounded, lambda method: []),
     "relative": (relative, lambda method: [AuxiliaryLosses(method, 0.5, follow_balance=True), Distillation(method)]),
+    "update": (update, lambda method: []),
     "ogm_ge": (ogm_ge, lambda method: []),
     "mslr": (mslr, lambda method: []),
     "greedy": (greedy, lambda method: []),

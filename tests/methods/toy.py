@@ -125,6 +125,16 @@ def trainer(network, parameters, data, method=None, *, handlers=(), lr=0.1, loss
     )
 
 
+class ScaleOnCpu:
+    """Mixed precision's loss scale without its arithmetic: powers of two change no digit."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine):
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+
 def parts(modalities=MODALITIES, *, dtype=torch.float32, dropout=0.0, seed=0, network=ToyNetwork):
     """A network and its classifiers, the same for the same seed."""
     torch.manual_seed(seed)
