@@ -276,7 +276,7 @@ def _check_names(splits: Sequence[Path]) -> None:
 
 def _refuse_other_plans(cells: Sequence[Cell], study: Study, out: Path) -> None:
     """Refuse cells, finished or begun, that were run in another way than the study says now."""
-    problems = []
+    problems, older = [], []
     for cell in cells:
         done, begun = out / "cells" / cell.folder, out / "runs" / cell.folder
         plan = plan_of(cell, study)
@@ -295,7 +295,10 @@ def _refuse_other_plans(cells: Sequence[Cell], study: Study, out: Path) -> None:
         if changed:
             problems.append(f"{where} was run in another way ({'; '.join(changed)}): remove it, or take another folder")
         elif facts is not None and facts.get("configuration") not in (None, configuration_of(cell, study)):
-            logger.warning("%s is kept, but its configuration files have changed since", where)
+            older.append(str(cell.folder))
+    if older:
+        shown = ", ".join(older[:3]) + (", …" if len(older) > 3 else "")
+        logger.warning("configuration files have changed since %d kept cells were run: %s", len(older), shown)
     if problems:
         raise DataError(problems)
 

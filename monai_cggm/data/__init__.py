@@ -18,7 +18,7 @@ from monai_cggm.data.labels import CONVENTIONS, LabelConvention, convention_for,
 from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.data.slices import EpochSampler, SliceDataset
-from monai_cggm.data.splits import check_plan, fold_splits, split_cases, write_split
+from monai_cggm.data.splits import check_plan, fold_splits, part_of, split_cases, write_split
 from monai_cggm.data.volumes import cached_volumes
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "load_cases",
     "load_features",
     "modalities_in",
+    "part_of",
     "patient_of",
     "split_cases",
     "split_features",

@@ -142,6 +142,23 @@ def write_split(split: Mapping[str, Sequence[Item]], path: str | Path, seed: int
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def part_of(split: Mapping[str, Sequence[Item]], part: str) -> Sequence[Item]:
+    """Return one part of a split, by name.
+
+    Raises:
+        DataError: for a part that does not exist, or in which there is nothing.
+
+    Example:
+        >>> part_of({"train": [{"case": "a"}], "validation": [], "test": [{"case": "b"}]}, "test")
+        [{'case': 'b'}]
+    """
+    if part not in PARTS:
+        raise DataError([f"part={part}: a split has the parts {', '.join(PARTS)}"])
+    if not split[part]:
+        raise DataError([f"the split has no case for {part}"])
+    return split[part]
+
+
 def check_plan(
     split: Mapping[str, Sequence[Item]],
     *,

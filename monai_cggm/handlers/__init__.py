@@ -6,6 +6,7 @@ from monai_cggm.handlers.clip import ClipGradients, unscale_once
 from monai_cggm.handlers.gradients import GradientRecorder
 from monai_cggm.handlers.images import ValidationImages
 from monai_cggm.handlers.in_order import InOrder
+from monai_cggm.handlers.load_model import ModelLoader
 from monai_cggm.handlers.predictions import PredictionScores, PredictionScoresWriter, PredictionsWriter
 from monai_cggm.handlers.progress import Progress
 from monai_cggm.handlers.resources import Resources
@@ -21,6 +22,7 @@ __all__ = [
     "EpochSeed",
     "GradientRecorder",
     "InOrder",
+    "ModelLoader",
     "PredictionScores",
     "PredictionScoresWriter",
     "PredictionsWriter",

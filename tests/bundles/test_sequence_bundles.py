@@ -15,6 +15,7 @@ from monai.bundle import ConfigWorkflow
 
 from monai_cggm.data.features import load_features, modalities_in, split_features
 from monai_cggm.data.phantom_features import write_phantom_features
+from monai_cggm.errors import users_error
 from monai_cggm.networks import modality_subsets, subset_predictor
 from monai_cggm.resources import share_path
 from tests.bundles.running import environment
@@ -201,6 +202,17 @@ def test_methods_of_images_work_on_it(bundle, method, data, tmp_path):
     assert expected <= set(scores["predictor"])
     counts = scores[scores["predictor"].isin(expected)].groupby("predictor")["case"].nunique()
     assert counts.nunique() == 1
+
+
+def test_another_network_or_part_is_refused_in_words(bundle, data, trained, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        run(bundle, "train.yaml", "evaluate.yaml", **arguments(data, trained, part="tests"))
+    assert str(users_error(caught.value)) == "part=tests: a split has the parts train, validation, test"
+    places = {"dataset_dir": str(data), "model_file": str(trained / "model.pt"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(RuntimeError) as caught:
+        run(bundle, "inference.yaml", kind="infer", **places, **{**TINY, "layers": 2})
+    assert "do not fit this network; give the overlays and the network's sizes" in str(users_error(caught.value))
+    assert not (tmp_path / "out").exists()
 
 
 def test_properties_are_where_other_tools_look(bundle, data, trained, tmp_path):

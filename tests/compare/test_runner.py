@@ -181,7 +181,7 @@ def test_changed_overlays_are_told_of_finished_cells_and_refused_of_begun_ones(t
     assert "have changed since" not in caplog.text
     overlay.write_text("lam: 0.2")
     run(study, tmp_path, Bundle(fail={"plain"}))
-    assert "joint/part-seed0 is kept, but its configuration files have changed since" in caplog.text
+    assert "configuration files have changed since 1 kept cells were run: joint/part-seed0" in caplog.text
     (tmp_path / "out/cells/joint/part-seed0/cell.json").unlink()
     with pytest.raises(DataError, match="configuration was"):
         run(study, tmp_path, Bundle())

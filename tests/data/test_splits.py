@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from monai_cggm.data.layouts import patient_of
-from monai_cggm.data.splits import PARTS, fold_splits, split_cases, write_split
+from monai_cggm.data.splits import PARTS, fold_splits, part_of, split_cases, write_split
 from monai_cggm.errors import DataError
 
 Items = list[dict[str, Any]]
@@ -239,3 +239,12 @@ def test_folds_that_cannot_be():
         fold_splits(items, folds=4)
     with pytest.raises(DataError, match="none would be left for training"):
         fold_splits(items, folds=2, validation=0.9)
+
+
+def test_a_part_is_taken_by_name():
+    split = {"train": [{"case": "a"}], "validation": [{"case": "b"}], "test": []}
+    assert [part_of(split, part) for part in PARTS[:2]] == [[{"case": "a"}], [{"case": "b"}]]
+    with pytest.raises(DataError, match="part=tests: a split has the parts train, validation, test"):
+        part_of(split, "tests")
+    with pytest.raises(DataError, match="the split has no case for test"):
+        part_of(split, "test")
