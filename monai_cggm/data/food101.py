@@ -9,6 +9,8 @@ as published (67,988 and 22,716 photographs)::
     texts/train_titles.csv                      image name, title, class; no header
     texts/test_titles.csv
 
+For pictures of one's own the test part alone is enough, under any name for a class.
+
 What comes from where. Guo et al. (2024) use extracted features: of ``bert-base-uncased`` for text, and for images of a
 ViT trained on ImageNet. Their code names ``google/vit-base-patch16-224`` and runs both networks, frozen, in every
 training step. All positions of the last hidden state are inputs, 50 of text with its padding and 197 of the image,
@@ -256,12 +258,7 @@ def _checked_options(tokens: str, max_length: int, batch_size: int, workers: int
 
 def _listed(source: Path) -> tuple[list[FoodSample], dict[str, str]]:
     lists = _title_files(source)
-    missing = [path for path in lists.values() if not path.is_file()]
-    missing += [path for part in PARTS if not (path := source / "images" / part).is_dir()]
-    if missing:
-        names = ", ".join(str(path.relative_to(source)) for path in missing)
-        raise DataError([f"{source} has no {names}: expected UPMC-Food 101 with the folders images and texts"])
-    folders_of = _folders_of_images(source)
+    folders_of = _folders_of_images(source, lists)
     samples: list[FoodSample] = []
     bad: dict[str, str] = {}
     listed: dict[str, str] = {}
@@ -280,7 +277,15 @@ def _listed(source: Path) -> tuple[list[FoodSample], dict[str, str]]:
 
 
 def _title_files(source: Path) -> dict[str, Path]:
-    return {part: source / "texts" / f"{part}_titles.csv" for part in PARTS}
+    """The titles of each part that is there; a part is there if its titles or its images are, and needs both."""
+    places = {part: (source / "texts" / f"{part}_titles.csv", source / "images" / part) for part in PARTS}
+    there = {part: places[part] for part in PARTS if any(path.exists() for path in places[part])} or places
+    missing = [titles for titles, _ in there.values() if not titles.is_file()]
+    missing += [images for _, images in there.values() if not images.is_dir()]
+    if missing:
+        names = ", ".join(str(path.relative_to(source)) for path in missing)
+        raise DataError([f"{source} has no {names}: expected UPMC-Food 101 with the folders images and texts"])
+    return {part: titles for part, (titles, _) in there.items()}
 
 
 def _title_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -296,10 +301,10 @@ def _title_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise DataError([f"{path}: {error} (it ends in line {reader.line_num})"]) from error
 
 
-def _folders_of_images(source: Path) -> dict[str, list[str]]:
+def _folders_of_images(source: Path, parts: Iterable[str]) -> dict[str, list[str]]:
     """Name of an image → where images of that name are, such as ``train/apple_pie``."""
     found: dict[str, list[str]] = {}
-    for part in PARTS:
+    for part in parts:
         for folder in sorted(path for path in (source / "images" / part).iterdir() if path.is_dir()):
             for entry in os.scandir(folder):
                 found.setdefault(entry.name, []).append(f"{part}/{folder.name}")

@@ -189,10 +189,21 @@ def test_methods_of_images_work_on_it(bundle, method, data, tmp_path):
     run(bundle, *names, **arguments(data, tmp_path / "run", epochs=1, **extra))
     table = pd.read_csv(tmp_path / "run/iterations.csv")
     assert np.isfinite(table.to_numpy(dtype=float)).all()
+    names_of = modalities_in(data)
     if method == "relative":
-        terms = table[[f"balance/{name}" for name in modalities_in(data)]].to_numpy()
+        terms = table[[f"balance/{name}" for name in names_of]].to_numpy()
         assert np.ptp(terms) > 0.01
         np.testing.assert_allclose(terms.mean(axis=1), 1.0)
+    if method == "cggm":
+        # equations 6 and 7 under the rule, from the logged measures alone
+        epsilon = table[[f"epsilon/{name}" for name in names_of]].to_numpy()
+        rose = np.clip(np.diff(epsilon, axis=0), 0.0, None)
+        total, count, rho = rose.sum(axis=1, keepdims=True), len(names_of), TABLE_7[bundle]["paper"]["rho"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = np.where(total > 0, rho * (total - rose) / total, rho * (count - 1) / count)
+        terms = table[[f"balance/{name}" for name in names_of]].to_numpy()[1:]
+        np.testing.assert_allclose(terms, expected, rtol=2e-3, atol=1e-4)
+        assert np.ptp(terms) > 0.01
     run(
         bundle, *names, "evaluate.yaml", "protocols/subsets.yaml",
         **arguments(data, tmp_path / "run", epochs=1, part="test", **extra),
@@ -202,6 +213,31 @@ def test_methods_of_images_work_on_it(bundle, method, data, tmp_path):
     assert expected <= set(scores["predictor"])
     counts = scores[scores["predictor"].isin(expected)].groupby("predictor")["case"].nunique()
     assert counts.nunique() == 1
+
+
+def test_new_samples_are_predicted_from_one_file_of_arrays(bundle, data, trained, tmp_path):
+    """Padding behind each sequence, its length, and no label: the predictions are those from the published file."""
+    samples = [s for s in load_features(data, task=TABLE_7[bundle]["task"]) if s["part"] == "test"][:9]
+    arrays = {"ids": np.array([s["case"] for s in samples])}
+    for name in modalities_in(data):
+        rows = [np.atleast_2d(s[name]) for s in samples]
+        arrays[f"{name}_lengths"] = np.array([len(row) for row in rows])
+        arrays[name] = np.full((len(rows), 60, rows[0].shape[1]), 7.0, dtype=np.float32)
+        for padded, row in zip(arrays[name], rows, strict=True):
+            padded[: len(row)] = row
+    np.savez(tmp_path / "new.npz", **arrays)
+    run_of = {"model_file": str(trained / "model.pt"), **TINY}
+    for name, source in (("published", data), ("new", tmp_path / "new.npz")):
+        places = {"dataset_dir": str(source), "output_dir": str(tmp_path / name)}
+        run(bundle, "inference.yaml", kind="infer", **places, **run_of)
+    new, published = (
+        pd.read_csv(tmp_path / name / "predictions.csv", index_col="case") for name in ("new", "published")
+    )
+    assert sorted(new.index) == sorted(arrays["ids"])
+    if bundle == "mosi_cggm":
+        np.testing.assert_allclose(new["prediction"], published.loc[new.index, "prediction"], rtol=1e-4, atol=1e-5)
+    else:
+        assert new["prediction"].tolist() == published.loc[new.index, "prediction"].tolist()
 
 
 def test_another_network_or_part_is_refused_in_words(bundle, data, trained, tmp_path):
@@ -230,6 +266,20 @@ def test_the_network_is_exported_with_its_padding_masks(bundle, data, trained, t
     x = next(iter(infer.parser.get_parsed_content("dataloader")))["image"]
     assert any(key.endswith("_padding") for key in x) == (bundle != "food101_cggm")
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(x), network(x))
+
+
+@pytest.mark.real_data
+def test_the_two_classes_of_mosi_s_utterances_are_learnt(real_data, tmp_path):
+    """Mostly from the text: guessing gives 0.53, and a logistic regression on the same features 0.76."""
+    values = arguments(real_data / "mosi", tmp_path / "run", task="classification", epochs=3, batch_size=64)
+    run("mosi_cggm", "train.yaml", **values)
+    run("mosi_cggm", "train.yaml", "evaluate.yaml", **values, part="test")
+    summary = pd.read_csv(tmp_path / "run/test/summary.csv").set_index(["predictor", "score"])["mean"]
+    scores = pd.read_csv(tmp_path / "run/test/cases.csv")
+    assert scores[scores["predictor"] == "fusion"]["case"].nunique() == 752
+    assert {kind for _, kind in summary.index} == {"accuracy", "f1"}
+    assert 0.70 < summary["fusion", "accuracy"] < 0.82
+    assert summary["text", "accuracy"] > summary["audio", "accuracy"] + 0.05
 
 
 @pytest.mark.slow

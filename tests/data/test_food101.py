@@ -224,6 +224,21 @@ def test_a_folder_of_another_layout_is_refused(source: Path) -> None:
         read_food101(source)
 
 
+def test_pictures_of_one_s_own_need_no_training_part(source: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """What inference reads: the features are those of the same pictures in the published set."""
+    prepare_food101(source, tmp_path / "all", **models)
+    shutil.rmtree(source / "images/train")
+    (source / "texts/train_titles.csv").unlink()
+    made = prepare_food101(source, tmp_path / "own", **models)
+    assert made.samples == {"train": 0, "test": 3}
+    whole, own = (load_features(tmp_path / name, need_label=False) for name in ("all", "own"))
+    published = {item["case"]: item for item in whole}
+    assert len(own) == 3
+    for item in own:
+        for name in ("text", "vision"):
+            np.testing.assert_allclose(item[name], published[item["case"]][name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("end", ["", 'apple_pie_2.jpg,"Pie",apple_pie\n'])
 def test_a_quote_that_is_not_closed_is_an_error(source: Path, end: str) -> None:
     rows = 'apple_pie_0.jpg,"Pie,apple_pie\nhot_dog_0.jpg,Dog,hot_dog\n' + end
