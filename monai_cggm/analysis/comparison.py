@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from monai_cggm.analysis.cells import CELL, FUSION, CellKey, Cells, split_name
-from monai_cggm.analysis.measures import DICE, is_dice, score_columns
+from monai_cggm.analysis.measures import DICE, Measure, is_dice, measure_of, score_columns
 from monai_cggm.analysis.pages import one_line
 from monai_cggm.analysis.statistics import Interval, paired_bootstrap, paired_p, seed_mean, seed_means
 from monai_cggm.errors import DataError
@@ -55,7 +55,8 @@ class Comparison:
     """The tables of a comparison.
 
     "The score" is what the study compares arms by, mean Dice unless it says otherwise. It and its kind run from 0 to 1,
-    HD95 is in mm, and differences are in points (the score × 100).
+    HD95 is in mm, and differences are in points (the score × 100). Of an absolute error less is better: its differences
+    are how much less of it there is, so that more is better of every difference.
 
     A score's column has the mean, its ``<column>_sd`` the spread over seeds; see
     :func:`monai_cggm.analysis.seed_mean`. Arms are in the study's order.
@@ -72,11 +73,11 @@ class Comparison:
         subsets: arm; the mean score over all subsets (``subsets``), over those that lack one modality (``missing_1``),
             two …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
             (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset is NaN.
-        differences: arm minus another (``against``), by ``score`` (:data:`SCORES`): ``difference``, its 95 % interval
-            ``low`` to ``high``, ``p``, and how many ``cases`` and ``seeds`` it rests on. ``role`` says what the other
-            one is: ``reference``, or a control's roles, joined with "+". Only the ``cells`` (split and seed) that both
-            arms have count; ``cells_left_out`` are those that one of them has alone. For the last three columns see
-            :class:`monai_cggm.analysis.Interval`.
+        differences: arm minus another (``against``; of an error, the other minus the arm), by ``score``
+            (:data:`SCORES`): ``difference``, its 95 % interval ``low`` to ``high``, ``p``, and how many ``cases`` and
+            ``seeds`` it rests on. ``role`` says what the other one is: ``reference``, or a control's roles, joined with
+            "+". Only the ``cells`` (split and seed) that both arms have count; ``cells_left_out`` are those that one of
+            them has alone. For the last three columns see :class:`monai_cggm.analysis.Interval`.
         classifiers: arm and modality; the scores of that modality's classifier, without HD95.
         alone: the networks of one modality and their ensemble, as in ``full_set``.
         costs: arm; number of ``cells`` and means over them.
@@ -160,7 +161,8 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
     by_subset = _by_subset(scores, score, modalities)
     by_subset = by_subset[by_subset.index.isin(fused, level="arm")]
     groups = subset_groups(modalities, study.get("key_modality"))
-    subsets = _subsets_table(by_subset, fused, groups)
+    measure = measure_of(score)
+    subsets = _subsets_table(by_subset, fused, groups, measure)
     by_score = _by_score(by_subset, groups, subsets)
     columns = _score_columns(scores, score)
     classifier_rows = scores[scores["predictor"] != FUSION].rename(columns={"predictor": "modality"})
@@ -173,7 +175,7 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
         outside=[key for key in cells.done + list(cells.failed) if key not in set(planned)],
         full_set=_score_table(full, [(arm,) for arm in own], ("arm",), columns),
         subsets=subsets,
-        differences=_differences(by_score, _pairs(study, fused)),
+        differences=_differences(by_score, _pairs(study, fused), measure),
         classifiers=_score_table(
             classifier_rows,
             [(arm, m) for arm in own for m in modalities],
@@ -237,6 +239,7 @@ def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
         3 seeds. Better than joint and better than its controls (even); shuffled was not run: nothing is said of
         balancing.
     """
+    measure = measure_of(score_of(study))
     arms = {arm: controls_of(study, arm) for arm in study["arms"]}
     arms = {arm: controls for arm, controls in arms.items() if controls}
     if not arms:
@@ -249,7 +252,7 @@ def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
         of_arm = differences[differences["arm"] == arm]
         for score in scored:
             found = {row.against: row for row in of_arm[of_arm["score"] == score].itertuples()}
-            sentences.append(_verdict(arm, score, str(study["reference"]), controls, found))
+            sentences.append(_verdict(arm, score, str(study["reference"]), controls, found, measure))
     return sentences
 
 
@@ -294,7 +297,9 @@ def score_labels(study: Mapping[str, Any]) -> dict[str, str]:
     return {"full": "full set", "subsets": "all subsets", "worst": "worst subset", "without_key": f"without {key}"}
 
 
-def _verdict(arm: str, score: str, reference: str, controls: Mapping[str, str], found: Mapping[str, Any]) -> str:
+def _verdict(
+    arm: str, score: str, reference: str, controls: Mapping[str, str], found: Mapping[str, Any], measure: Measure
+) -> str:
     where = {"subsets": "the mean over subsets", "full": "the full set"}[score]
     rivals = list(dict.fromkeys([reference, *controls.values()]))
     outcomes = {
@@ -307,9 +312,15 @@ def _verdict(arm: str, score: str, reference: str, controls: Mapping[str, str], 
             "(not run, outstanding, or too few cases)."
         )
     rows = [found[rival] for rival in rivals]
-    numbers = [f"{points(row.difference, sign=True)} [{points(row.low)}, {points(row.high)}]" for row in rows]
-    numbers[0] = numbers[0].replace(" [", " points [", 1)
-    texts = [f"{number} over {_with_roles(rival, controls)}" for number, rival in zip(numbers, rivals, strict=True)]
+    digits = measure.gain_digits
+    numbers = [
+        f"{points(row.difference, sign=True, digits=digits)} "
+        f"[{points(row.low, digits=digits)}, {points(row.high, digits=digits)}]"
+        for row in rows
+    ]
+    numbers[0] = numbers[0].replace(" [", f" {measure.gain} [", 1)
+    over = "over" if measure.more_is_better else "than"
+    texts = [f"{number} {over} {_with_roles(rival, controls)}" for number, rival in zip(numbers, rivals, strict=True)]
     shown = "; ".join(filter(None, [f"{texts[0]} on {where}", ", ".join(texts[1:])]))
     counts = f"{_counted([row.cases for row in rows], 'case')}, {_counted([row.seeds for row in rows], 'seed')}"
     notes = "".join(f" {note}" for note in _seed_notes(rows))
@@ -490,7 +501,10 @@ def _by_subset(scores: pd.DataFrame, score: str, modalities: Sequence[str]) -> p
     return wide.reindex(columns=subsets_of(modalities))
 
 
-def _subsets_table(by_subset: pd.DataFrame, arms: Iterable[str], groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+def _subsets_table(
+    by_subset: pd.DataFrame, arms: Iterable[str], groups: Mapping[str, Sequence[str]], measure: Measure
+) -> pd.DataFrame:
+    worst_of = min if measure.more_is_better else max
     names = list(by_subset.columns)
     columns = [column for group in groups for column in (group, f"{group}_sd")]
     there = set(by_subset.index.get_level_values("arm"))
@@ -502,10 +516,10 @@ def _subsets_table(by_subset: pd.DataFrame, arms: Iterable[str], groups: Mapping
         each = {name: result.mean for name, result in seed_means(rows, names).items()}
         if sum(not math.isnan(mean) for mean in each.values()) < 2:
             continue  # only the full set was scored
-        worst = min(each, key=each.__getitem__) if not any(map(math.isnan, each.values())) else None
-        lowest = seed_mean(rows, worst) if worst is not None else None
+        worst = worst_of(each, key=each.__getitem__) if not any(map(math.isnan, each.values())) else None
+        of_worst = seed_mean(rows, worst) if worst is not None else None
         table.append({"arm": arm, **_means(rows, groups)})
-        table[-1] |= {"worst": lowest.mean, "worst_sd": lowest.sd} if lowest else {}
+        table[-1] |= {"worst": of_worst.mean, "worst_sd": of_worst.sd} if of_worst else {}
         table[-1] |= {"worst_subset": worst, **each}
     return pd.DataFrame(table, columns=["arm", *columns, "worst", "worst_sd", "worst_subset", *names])
 
@@ -540,7 +554,7 @@ def _pairs(study: Mapping[str, Any], arms: Iterable[str]) -> list[tuple[str, str
     return pairs
 
 
-def _differences(by_score: pd.DataFrame, pairs: Iterable[tuple[str, str, str]]) -> pd.DataFrame:
+def _differences(by_score: pd.DataFrame, pairs: Iterable[tuple[str, str, str]], measure: Measure) -> pd.DataFrame:
     there = set(by_score.index.get_level_values("arm"))
     table = []
     for arm, against, role in pairs:
@@ -550,21 +564,22 @@ def _differences(by_score: pd.DataFrame, pairs: Iterable[tuple[str, str, str]]) 
         cells_of_one, cells_of_other = (set(part.index.droplevel("case")) for part in (one, other))
         shared, either = cells_of_one & cells_of_other, cells_of_one | cells_of_other
         for score in SCORES:
-            rows = (one[score] - other[score]).dropna().rename("difference").reset_index()
+            gain = measure.gain_factor * (one[score] - other[score])
+            rows = gain.dropna().rename("difference").reset_index()
             if rows.empty:
                 continue
             interval = paired_bootstrap(rows)
             table.append({"arm": arm, "against": against, "role": role, "score": score, "p": paired_p(rows)})
-            table[-1] |= _in_points(interval)
+            table[-1] |= _as_row(interval)
             table[-1] |= {"cells": len(shared), "cells_left_out": len(either) - len(shared)}
     return pd.DataFrame(table, columns=list(_DIFFERENCES))
 
 
-def _in_points(interval: Interval) -> dict[str, Any]:
+def _as_row(interval: Interval) -> dict[str, Any]:
     return {
-        "difference": 100 * interval.mean,
-        "low": 100 * interval.low,
-        "high": 100 * interval.high,
+        "difference": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
         "cases": interval.cases,
         "seeds": interval.seeds,
         "most_seeds": interval.most_seeds,

@@ -28,7 +28,7 @@ from monai_cggm.analysis.comparison import (
     subset_groups,
     subsets_of,
 )
-from monai_cggm.analysis.measures import DICE, score_title
+from monai_cggm.analysis.measures import DICE, Measure, difference_scale, measure_of, score_title
 from monai_cggm.analysis.pages import DASH, Picture, one_line
 
 #: More subsets than these, those of four modalities, are not shown one by one.
@@ -40,7 +40,7 @@ _RC: Any = {"svg.hashsalt": "monai_cggm", "svg.fonttype": "path", "text.parse_ma
 # Okabe and Ito's colours, which readers with the common colour deficiencies tell apart.
 _COLOURS = {"reference": "#0072B2", "control": "#D55E00"}
 _MARKERS = {"reference": "o", "control": "s"}
-_LEGEND = {"reference": "minus the reference", "control": "minus a control"}
+_LEGEND = {"reference": "against the reference", "control": "against a control"}
 
 
 def subset_heat_map(comparison: Comparison, study: Mapping[str, Any]) -> Picture:
@@ -58,7 +58,7 @@ def subset_heat_map(comparison: Comparison, study: Mapping[str, Any]) -> Picture
     values = comparison.subsets[columns].to_numpy(dtype=float)
     arms = [arm_title(study, arm) for arm in comparison.subsets["arm"]]
     modalities = comparison.modalities
-    measure = score_title(score_of(study))
+    measure, kind = score_title(score_of(study)), measure_of(score_of(study))
     heights = (0.42 * len(arms), 0.24 * len(modalities))
     with rc_context(_RC):
         figure = Figure(figsize=(3.2 + 0.52 * len(columns), 1.1 + sum(heights)), layout="constrained")
@@ -67,11 +67,11 @@ def subset_heat_map(comparison: Comparison, study: Mapping[str, Any]) -> Picture
             _draw_dots(bottom, modalities, names)
         else:
             top = figure.subplots()
-        mesh = _draw_fields(top, values, arms)
+        mesh = _draw_fields(top, values, arms, kind)
         if not each:
             top.set_xticks(np.arange(len(columns)) + 0.5, [_column_title(c, modalities) for c in columns], rotation=90)
             top.tick_params(labelbottom=True)
-        figure.colorbar(mesh, ax=top, label=f"mean {measure} (0 to 1)", pad=0.01, aspect=12)
+        figure.colorbar(mesh, ax=top, label=f"mean {measure} {kind.bounds}", pad=0.01, aspect=12)
         svg = _svg(figure)
     what = f"{len(names)} subsets" if each else f"groups of the {len(names)} subsets"
     alt = f"Heat map of mean {measure} of {len(arms)} arms for {what} of {', '.join(modalities)}."
@@ -107,12 +107,16 @@ def _column_title(column: str, modalities: Sequence[str]) -> str:
     )
 
 
-def _draw_fields(axis: Axes, values: NDArray[np.float64], arms: Sequence[str]) -> QuadMesh:
-    """Draw a row an arm, with the number in each field."""
-    mesh = axis.pcolormesh(np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=1, edgecolor="white", lw=0.5)
+def _draw_fields(axis: Axes, values: NDArray[np.float64], arms: Sequence[str], kind: Measure) -> QuadMesh:
+    """Draw a row an arm, with the number in each field; the better, the brighter."""
+    shown = np.ma.masked_invalid(values)
+    most = 1.0 if kind.bounded else float(shown.max()) or 1.0
+    colours = "viridis" if kind.more_is_better else "viridis_r"
+    mesh = axis.pcolormesh(shown, cmap=colours, vmin=0, vmax=most, edgecolor="white", lw=0.5)
     for (row, column), value in np.ndenumerate(values):
         text = DASH if math.isnan(value) else f"{value:.2f}"
-        colour = "black" if math.isnan(value) or value > 0.6 else "white"
+        bright = value / most > 0.6 if kind.more_is_better else value / most < 0.4
+        colour = "black" if math.isnan(value) or bright else "white"
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
     axis.set_yticks(np.arange(len(arms)) + 0.5, [textwrap.fill(arm, 28) for arm in arms])
     axis.invert_yaxis()
@@ -147,6 +151,7 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
     labels = score_labels(study)
     scores = [score for score in SCORES if (differences["score"] == score).any()]
     pairs = list(differences[["arm", "against", "role"]].drop_duplicates().itertuples(index=False, name=None))
+    measure = measure_of(score_of(study))
     kinds = {pair: "reference" if pair[1] == study["reference"] else "control" for pair in pairs}
     with rc_context(_RC):
         figure = Figure(figsize=(3.0 + 2.1 * len(scores), 1.3 + 0.36 * len(pairs)), layout="constrained")
@@ -158,21 +163,20 @@ def difference_plot(comparison: Comparison, study: Mapping[str, Any]) -> Picture
                 if pair in rows.index:
                     _draw_interval(axis, y, rows.loc[pair], kinds[pair])
             axis.set_title(labels[score], fontsize=9)
-            axis.set_xlabel("difference (points)")
+            axis.set_xlabel("difference (points)" if measure.bounded else measure.gain)
             axis.grid(axis="x", color="#e4e4e4", lw=0.6)
             axis.set_axisbelow(True)
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(axis="y", length=0)
-        axes[0].set_yticks(range(len(pairs)), [f"{arm} − {against}" for arm, against, _ in pairs])
+        axes[0].set_yticks(range(len(pairs)), [f"{arm} vs {against}" for arm, against, _ in pairs])
         axes[0].set_ylim(len(pairs) - 0.5, -0.5)
         shown = [kind for kind in _COLOURS if kind in kinds.values()]
         handles = [Line2D([], [], color=_COLOURS[k], marker=_MARKERS[k], label=_LEGEND[k]) for k in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         svg = _svg(figure)
     alt = f"Forest plot: differences between arms with 95 % intervals, one row for each of {len(pairs)} comparisons."
-    measure = score_title(score_of(study))
     caption = (
-        f"Differences of {measure} in points ({measure} × 100) with 95 % intervals; to the right of zero the arm that "
+        f"Differences of {difference_scale(score_of(study))}, with 95 % intervals; to the right of zero the arm that "
         "is named first is better. Hollow: no interval, because there are too few cases."
     )
     return Picture(svg, alt, caption, "differences")

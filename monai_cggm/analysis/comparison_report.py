@@ -28,7 +28,7 @@ from monai_cggm.analysis.comparison import (
     verdicts,
 )
 from monai_cggm.analysis.comparison_figures import MOST_SUBSETS, difference_plot, subset_heat_map
-from monai_cggm.analysis.measures import is_dice, measure_of, scales, score_title
+from monai_cggm.analysis.measures import Measure, difference_scale, is_dice, measure_of, scales, score_title
 from monai_cggm.analysis.pages import DASH, Picture, Section, Table, markdown, one_line, page, without_folders
 from monai_cggm.files import atomic_path
 
@@ -213,9 +213,10 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
         ]
         for row in subsets.to_dict("records")
     ]
+    score = score_of(study)
     caption = (
-        f"Mean {score_title(score_of(study))} (0 to 1) on the {_part(study)} cases over groups of subsets: mean ± "
-        "sample standard deviation over seeds. The modalities outside of a subset count as missing."
+        f"Mean {score_title(score)} {measure_of(score).bounds} on the {_part(study)} cases over groups of subsets: "
+        "mean ± sample standard deviation over seeds. The modalities outside of a subset count as missing."
     )
     tables = [Table(caption, ["arm", *labels.values(), "worst subset", "which"], rows)]
     if len(subsets_of(comparison.modalities)) > MOST_SUBSETS:
@@ -251,9 +252,9 @@ def _differences_section(comparison: Comparison, study: Mapping[str, Any]) -> Se
     differences = comparison.differences
     if differences.empty:
         return Section(title, ["No two arms that are compared share a finished cell yet."])
-    measure = score_title(score_of(study))
+    measure = measure_of(score_of(study))
     notes = [
-        f"Paired differences of {measure} in points ({measure} × 100). Only cells, that is splits and seeds, that both "
+        f"Paired differences of {difference_scale(score_of(study))}. Only cells, that is splits and seeds, that both "
         "arms have count. The outcome follows the interval. p is that of Wilcoxon's signed-rank test over cases "
         "(a dash with fewer than six that differ); it is not corrected for the number of comparisons, and it takes the "
         "trained networks as given, so that it can be small where an interval that resamples seeds spans zero.",
@@ -263,28 +264,29 @@ def _differences_section(comparison: Comparison, study: Mapping[str, Any]) -> Se
     if not (differences["seeds_resampled"] | differences["splits_resampled"]).all():
         notes.append("Where a split has one seed in common, the interval leaves the chance of training there out.")
     tables = [
-        _differences_table(differences[differences["score"] == score], f"Difference on: {label}.")
+        _differences_table(differences[differences["score"] == score], f"Difference on: {label}.", measure)
         for score, label in score_labels(study).items()
         if (differences["score"] == score).any()
     ]
     return Section(title, notes, blocks=[difference_plot(comparison, study), *tables])
 
 
-def _differences_table(differences: pd.DataFrame, caption: str) -> Table:
+def _differences_table(differences: pd.DataFrame, caption: str, measure: Measure) -> Table:
+    digits = measure.gain_digits + 1
     rows = [
         [
             row["arm"],
             row["against"],
             row["role"],
-            points(row["difference"], sign=True, digits=2),
-            _interval(row["low"], row["high"]),
+            points(row["difference"], sign=True, digits=digits),
+            _interval(row["low"], row["high"], digits),
             outcome(row["low"], row["high"]).replace("unknown", DASH),
             _p(row["p"]),
             *(str(row[count]) for count in ("cases", "seeds", "cells", "cells_left_out")),
         ]
         for row in differences.to_dict("records")
     ]
-    header = ["arm", "minus", "role", "points", "95 % interval", "outcome", "p"]
+    header = ["arm", "against", "role", measure.gain, "95 % interval", "outcome", "p"]
     return Table(caption, [*header, "cases", "seeds", "cells", "cells left out"], rows)
 
 
@@ -347,7 +349,7 @@ def _reading_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
         "drawn instead; folds share training cases, so that such an interval may still be too narrow.",
         "Outcomes: better or worse where the interval lies on one side of zero. No difference shown does not mean that "
         "there is none.",
-        "Worst subset: each arm's own, the one with its lowest mean; differences subtract each arm's worst.",
+        "Worst subset: each arm's own, the one with its worst mean; differences subtract each arm's worst.",
         "Controls: they take away what balancing claims, and keep the rest. Constant: every encoder's gradient × the "
         "mean of B. Shuffled: the same B, given to another modality. Uniform: the same losses with equal weights. An "
         "arm that does not beat all three may gain by the size of the steps, by noise or by the extra losses instead; "
@@ -394,8 +396,8 @@ def _mean_sd(mean: float, sd: float, digits: int) -> str:
     return DASH if math.isnan(mean) else f"{mean:.{digits}f} ± {_number(sd, digits)}"
 
 
-def _interval(low: float, high: float) -> str:
-    return DASH if math.isnan(low) else f"[{points(low, digits=2)}, {points(high, digits=2)}]"
+def _interval(low: float, high: float, digits: int) -> str:
+    return DASH if math.isnan(low) else f"[{points(low, digits=digits)}, {points(high, digits=digits)}]"
 
 
 def _p(value: float) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: What a study compares arms by, unless it says otherwise.
 DICE = "dice_mean"
@@ -19,12 +19,14 @@ class Measure:
         unit: empty for a number without one.
         digits: after the point.
         bounded: whether it lies between 0 and 1; otherwise it begins at 0.
+        more_is_better: False for an error.
     """
 
     title: str
     unit: str = ""
     digits: int = 3
     bounded: bool = True
+    more_is_better: bool = True
 
     @property
     def label(self) -> str:
@@ -38,9 +40,32 @@ class Measure:
             return f"{self.title} in {self.unit}"
         return f"{self.title} from 0 to 1" if self.bounded else f"{self.title} from 0"
 
+    @property
+    def bounds(self) -> str:
+        """Its range in brackets, for a caption."""
+        return "(0 to 1)" if self.bounded else f"(from 0{'' if self.more_is_better else ', less is better'})"
 
-_BY_REGION = {"dice": Measure("Dice"), "hd95": Measure("HD95", "mm", 1, bounded=False)}
-_BY_SAMPLE = {"accuracy": Measure("accuracy"), "absolute_error": Measure("absolute error", bounded=False)}
+    @property
+    def gain_factor(self) -> float:
+        """What a difference is multiplied by, so that more is better: to points, or to how much less error there is."""
+        return (100.0 if self.bounded else 1.0) * (1 if self.more_is_better else -1)
+
+    @property
+    def gain(self) -> str:
+        """What such a difference is called."""
+        return "points" if self.bounded else f"less {self.title}"
+
+    @property
+    def gain_digits(self) -> int:
+        """How many digits of it a sentence shows."""
+        return self.digits - 2 if self.bounded else self.digits
+
+
+_BY_REGION = {"dice": Measure("Dice"), "hd95": Measure("HD95", "mm", 1, bounded=False, more_is_better=False)}
+_BY_SAMPLE = {
+    "accuracy": Measure("accuracy"),
+    "absolute_error": Measure("absolute error", bounded=False, more_is_better=False),
+}
 
 
 def is_dice(score: str) -> bool:
@@ -63,7 +88,7 @@ def measure_of(column: str) -> Measure:
     kind, _, region = column.partition("_")
     if kind in _BY_REGION and region:
         of = _BY_REGION[kind]
-        return Measure(f"{of.title} {region}", of.unit, of.digits, of.bounded)
+        return replace(of, title=f"{of.title} {region}")
     return _BY_SAMPLE.get(column, Measure(column.replace("_", " ")))
 
 
@@ -75,6 +100,19 @@ def score_title(score: str) -> str:
         ('Dice', 'Dice WT', 'accuracy')
     """
     return "Dice" if score == DICE else measure_of(score).title
+
+
+def difference_scale(score: str) -> str:
+    """Say what differences of the score that arms are compared by are in.
+
+    Example:
+        >>> difference_scale("dice_mean")
+        'Dice in points (Dice × 100)'
+        >>> difference_scale("absolute_error")
+        'absolute error: how much less of it there is'
+    """
+    title, measure = score_title(score), measure_of(score)
+    return f"{title} in points ({title} × 100)" if measure.bounded else f"{title}: how much less of it there is"
 
 
 def score_columns(columns: Iterable[str], score: str) -> list[str]:

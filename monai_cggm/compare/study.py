@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from monai_cggm.analysis.measures import DICE, is_dice, measure_of
+from monai_cggm.analysis.measures import DICE, is_dice
 from monai_cggm.errors import DataError
 from monai_cggm.metrics import EMPTY_CONVENTIONS
 from monai_cggm.resources import share_path
@@ -99,7 +99,8 @@ class Study:
         splits: split files; none: one split is drawn.
         seeds: one training each.
         part: the cases that the report scores: ``test``, or ``validation`` while methods are still being chosen.
-        score: the column of the cases' scores that arms are compared by: from 0 to 1, and more is better.
+        score: the column of the cases' scores that arms are compared by: from 0 to 1, and more is better; or
+            ``absolute_error``.
         convention: see :data:`monai_cggm.metrics.EMPTY_CONVENTIONS`; for Dice alone.
         key_modality: means over subsets are also given with and without this one.
         alone: some arms are one network a modality; with all of them there is their ensemble, too.
@@ -358,8 +359,8 @@ def _value_problems(content: Mapping[str, Any]) -> list[str]:
 
 
 def _score_problems(score: object, convention: object) -> list[str]:
-    if not isinstance(score, str) or not re.fullmatch(r"\w+", score) or not measure_of(score).bounded:
-        return [f"score must be a column from 0 to 1 of which more is better, such as accuracy, found {score!r}"]
+    if not isinstance(score, str) or not re.fullmatch(r"\w+", score) or score.startswith("hd95_"):
+        return [f"score must be a column from 0 to 1, such as accuracy, or absolute_error, found {score!r}"]
     if convention is None:
         return []
     if not is_dice(score):

@@ -95,25 +95,26 @@ def scored_cell(
     return write_cell(folder, facts(arm, split, seed, modalities=list(modalities), **changes), rows)
 
 
-def accuracy_cell(
+def sample_cell(
     folder: Path,
     arm: str,
     split: str,
     seed: int,
-    right: Callable[[int, str], bool],
+    value: Callable[[int, str], float],
     *,
     cases: int = 4,
     modalities: Sequence[str] = MODALITIES,
     classifiers: bool = False,
+    score: str = "accuracy",
 ) -> Path:
-    """Write a finished cell of a classification, which has no convention; ``right(case number, subset)``."""
+    """Write a finished cell of samples with one score each, which has no convention; ``value(case number, subset)``."""
     rows = []
     for case in range(cases):
         names = [("fusion", subset) for subset in subsets(modalities)]
         names += [(m, m) for m in modalities] if classifiers else []
         for predictor, subset in names:
             row = {"case": f"{case:03d}", "part": "test", "predictor": predictor, "subset": subset}
-            rows.append(row | {"accuracy": float(right(case, subset))})
-    cell = facts(arm, split, seed, modalities=list(modalities), score="accuracy")
+            rows.append(row | {score: float(value(case, subset))})
+    cell = facts(arm, split, seed, modalities=list(modalities), score=score)
     del cell["convention"]
     return write_cell(folder, cell, rows)

@@ -14,7 +14,7 @@ import pytest
 
 from monai_cggm.analysis.cells import CellKey, read_cells
 from monai_cggm.errors import DataError
-from tests.analysis.fake_cells import accuracy_cell, facts, score_row, scored_cell, write_cell
+from tests.analysis.fake_cells import facts, sample_cell, score_row, scored_cell, write_cell
 
 
 def test_scores_and_facts_are_read(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_scores_and_facts_are_read(tmp_path: Path) -> None:
 
 
 def test_other_scores_are_read(tmp_path: Path) -> None:
-    accuracy_cell(tmp_path, "joint", "a", 0, lambda case, subset: case < 3 and subset != "t2", classifiers=True)
+    sample_cell(tmp_path, "joint", "a", 0, lambda case, subset: case < 3 and subset != "t2", classifiers=True)
     cells = read_cells(tmp_path, score="accuracy")
     assert list(cells.scores.columns) == ["arm", "split", "seed", "case", "part", "predictor", "subset", "accuracy"]
     assert len(cells.scores) == 4 * (7 + 3)
@@ -50,7 +50,7 @@ def test_a_score_that_cells_lack_is_named(tmp_path: Path) -> None:
 
 
 def test_an_accuracy_lies_between_0_and_1(tmp_path: Path) -> None:
-    path = accuracy_cell(tmp_path, "joint", "a", 0, lambda case, subset: True) / "scores.csv"
+    path = sample_cell(tmp_path, "joint", "a", 0, lambda case, subset: True) / "scores.csv"
     path.write_text(path.read_text("utf-8").replace("t2,1.0", "t2,1.5", 1), encoding="utf-8")
     with pytest.raises(DataError, match=r"accuracy is '1.5', expected a number from 0 to 1"):
         read_cells(tmp_path, score="accuracy")

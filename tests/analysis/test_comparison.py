@@ -15,7 +15,7 @@ import pytest
 from monai_cggm.analysis.cells import CellKey, read_cells
 from monai_cggm.analysis.comparison import Comparison, compare, outcome, subset_groups, subsets_of, verdicts
 from monai_cggm.errors import DataError
-from tests.analysis.fake_cells import accuracy_cell, facts, score_row, scored_cell, write_cell
+from tests.analysis.fake_cells import facts, sample_cell, score_row, scored_cell, write_cell
 
 # What every subset of three modalities scores in the cells below, before what an arm, a seed or a case adds.
 DICE = {
@@ -122,8 +122,8 @@ def test_classifiers(comparison: Comparison) -> None:
 def test_a_mean_over_samples_is_the_accuracy(tmp_path: Path) -> None:
     """Joint is right in 6 of 10 samples with seed 0 and in 8 with seed 1, recipe in 9; from t2 alone nobody is."""
     for seed, right in ((0, 6), (1, 8)):
-        accuracy_cell(tmp_path, "joint", "a", seed, lambda c, s, r=right: c < r and s != "t2", cases=10)
-        accuracy_cell(tmp_path, "recipe", "a", seed, lambda c, s: c < 9 and s != "t2", cases=10, classifiers=True)
+        sample_cell(tmp_path, "joint", "a", seed, lambda c, s, r=right: c < r and s != "t2", cases=10)
+        sample_cell(tmp_path, "recipe", "a", seed, lambda c, s: c < 9 and s != "t2", cases=10, classifiers=True)
     study = a_study(score="accuracy")
     del study["convention"]
     comparison = compare(read_cells(tmp_path, score="accuracy"), study)
@@ -137,6 +137,27 @@ def test_a_mean_over_samples_is_the_accuracy(tmp_path: Path) -> None:
     assert comparison.classifiers["accuracy"].tolist() == pytest.approx([0.9, 0.9, 0.0])
     for table in (comparison.full_set, comparison.classifiers):
         assert not [column for column in table if column.startswith(("dice", "hd95"))]
+
+
+def test_of_an_error_less_is_better(tmp_path: Path) -> None:
+    """Recipe errs by 0.3 less than joint from every subset; joint's worst subset is the one with the largest error."""
+    for seed in (0, 1):
+        for arm, less in (("joint", 0.0), ("recipe", 0.3)):
+            sample_cell(
+                tmp_path, arm, "a", seed,
+                lambda c, s, e=less, r=seed: 1.5 + 0.1 * c + 0.02 * r + 0.5 * (s == "t2") - e, score="absolute_error",
+            )  # fmt: skip
+    study = a_study(score="absolute_error", arms={"joint": {}, "recipe": {"controls": {"even": "joint"}}})
+    del study["convention"]
+    comparison = compare(read_cells(tmp_path, score="absolute_error"), study)
+    assert row_of(comparison.full_set, arm="joint")["absolute_error"] == pytest.approx(1.66)
+    subsets = row_of(comparison.subsets, arm="joint")
+    assert (subsets["worst"], subsets["worst_subset"]) == (pytest.approx(2.16), "t2")
+    found = row_of(comparison.differences, arm="recipe", score="full")
+    assert [found[name] for name in ("difference", "low", "high")] == pytest.approx([0.3, 0.3, 0.3], abs=1e-6)
+    sentence = verdicts(study, comparison.differences)[1]
+    assert sentence.startswith("recipe: +0.300 less absolute error [0.300, 0.300] than joint")
+    assert "Better than joint" in sentence
 
 
 def test_a_region_may_be_what_is_compared(tmp_path: Path) -> None:

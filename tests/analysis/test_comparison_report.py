@@ -19,7 +19,7 @@ from monai_cggm.analysis.comparison_figures import subset_heat_map
 from monai_cggm.analysis.comparison_report import CONVENTION_NOTES, write_report
 from monai_cggm.analysis.pages import DASH, without_folders
 from monai_cggm.metrics import EMPTY_CONVENTIONS
-from tests.analysis.fake_cells import accuracy_cell, facts, scored_cell, subsets, write_cell
+from tests.analysis.fake_cells import facts, sample_cell, scored_cell, subsets, write_cell
 
 TITLE = "Does <script>alert('x')</script> help & $why$ | how?"
 FIGURES = ("figures/subsets.svg", "figures/differences.svg")
@@ -242,7 +242,7 @@ def test_an_arm_with_two_roles_is_one_row(tmp_path: Path) -> None:
     fill(tmp_path, splits=("a",))
     controls = {"constant": "shuffled", "uniform": "shuffled"}
     write_report(tmp_path, a_study(arms={"joint": {}, "recipe": {"controls": controls}, "shuffled": {}}))
-    table = next(table for table in texts(tmp_path)[0].tables if table[0][:3] == ["arm", "minus", "role"])
+    table = next(table for table in texts(tmp_path)[0].tables if table[0][:3] == ["arm", "against", "role"])
     assert [row[2] for row in table[1:] if row[:2] == ["recipe", "shuffled"]] == ["constant+uniform"]
 
 
@@ -346,7 +346,7 @@ def test_markdown_page_and_csv_have_the_same_numbers(report: Path) -> None:
     assert [line[-1] for line in table[1:]] == [row["worst_subset"] for row in by_subsets]
     differences = pd.read_csv(report / "tables" / "differences.csv")
     on_full = differences[differences["score"] == "full"].to_dict("records")
-    lines = of_header["arm", "minus", "role"][1:]
+    lines = of_header["arm", "against", "role"][1:]
     assert [line[0] for line in lines] == [row["arm"] for row in on_full]
     assert [float(line[3]) for line in lines] == pytest.approx([row["difference"] for row in on_full], abs=0.0051)
     assert [line[4] for line in lines] == [f"[{row['low']:.2f}, {row['high']:.2f}]" for row in on_full]
@@ -389,6 +389,23 @@ def test_other_regions_and_modalities(tmp_path: Path) -> None:
     assert list(pd.read_csv(tmp_path / "tables" / "subsets.csv").columns[-3:]) == subsets(("ct", "pet"))
 
 
+def test_errors_are_told_as_errors(tmp_path: Path) -> None:
+    for arm, error in (("joint", 1.2), ("recipe", 1.5)):
+        sample_cell(tmp_path, arm, "a", 0, lambda c, s, e=error: e + 0.125 * c, score="absolute_error")
+    study = a_study(splits=["a.json"], seeds=[0], score="absolute_error", arms={"joint": {}, "recipe": {}})
+    del study["convention"]
+    write_report(tmp_path, study)
+    page, markdown = texts(tmp_path)
+    assert "Absolute error from 0." in page.text
+    assert "Mean absolute error (from 0, less is better) on the test cases" in page.text
+    assert "Paired differences of absolute error: how much less of it there is." in page.text
+    assert "to the right of zero the arm that is named first is better" in page.text
+    assert "points" not in markdown.replace("in points", "")
+    table = next(table for table in page.tables if table[0][:3] == ["arm", "against", "role"])
+    assert table[0][3] == "less absolute error"
+    assert table[1][3] == "-0.3000"
+
+
 SIX = tuple(f"view{number}" for number in range(1, 7))
 
 
@@ -396,7 +413,7 @@ def test_accuracy_of_six_modalities(tmp_path: Path) -> None:
     """A case is right from a subset that has more modalities than the case's number; with recipe one fewer will do."""
     for extra, arm in enumerate(("joint", "recipe")):
         for seed in (0, 1):
-            accuracy_cell(
+            sample_cell(
                 tmp_path, arm, "a", seed, lambda c, s, e=extra: s.count("+") + 1 + e > c, cases=6, modalities=SIX
             )
     study = a_study(splits=["a.json"], score="accuracy", key_modality=None, alone=False)
@@ -427,7 +444,7 @@ def test_accuracy_of_six_modalities(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("modalities", "columns"), [(SIX[:4], 15), (SIX[:5], 2 + 4 + 1 + 5), (SIX, 2 + 5 + 1 + 6)])
 def test_the_heat_map_stays_readable(tmp_path: Path, modalities: tuple[str, ...], columns: int) -> None:
     """A field holds one number, whose two digits after the point are drawn as shapes."""
-    accuracy_cell(tmp_path, "joint", "a", 0, lambda c, s: c < 2, cases=4, modalities=modalities)
+    sample_cell(tmp_path, "joint", "a", 0, lambda c, s: c < 2, cases=4, modalities=modalities)
     study = a_study(splits=["a.json"], seeds=[0], score="accuracy", key_modality=None, alone=False, arms={"joint": {}})
     study["reference"] = "joint"
     comparison = compare(read_cells(tmp_path, score="accuracy"), study)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from monai_cggm.analysis.measures import measure_of, scales, score_columns, score_title
+from monai_cggm.analysis.measures import difference_scale, measure_of, scales, score_columns, score_title
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,17 @@ def test_a_score_within_a_sentence() -> None:
 def test_scales_are_told_once() -> None:
     assert scales(["dice_WT", "dice_mean", "hd95_WT", "hd95_TC"]) == "Dice from 0 to 1, HD95 in mm."
     assert scales(["accuracy", "absolute_error"]) == "Accuracy from 0 to 1, absolute error from 0."
+
+
+def test_differences_are_gains() -> None:
+    """From 0.50 to 0.53 Dice are 3 points, from an error of 1.25 to 1.00 there is 0.25 less of it."""
+    dice, error = measure_of("dice_mean"), measure_of("absolute_error")
+    assert dice.gain_factor * (0.53 - 0.50) == pytest.approx(3.0)
+    assert error.gain_factor * (1.00 - 1.25) == 0.25
+    assert (dice.gain, dice.gain_digits, dice.bounds) == ("points", 1, "(0 to 1)")
+    assert (error.gain, error.gain_digits) == ("less absolute error", 3)
+    assert error.bounds == "(from 0, less is better)"
+    assert difference_scale("accuracy") == "accuracy in points (accuracy × 100)"
 
 
 def test_what_is_no_score_is_left_out() -> None:

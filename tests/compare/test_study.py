@@ -119,6 +119,7 @@ def test_another_score_than_dice(tmp_path):
     assert study.score == "accuracy"
     assert study.described()["score"] == "accuracy"
     assert "convention" not in study.described()
+    assert read_study(written(tmp_path, score="absolute_error")).score == "absolute_error"
     dice = read_study(written(tmp_path)).described()
     assert (dice["score"], dice["convention"]) == ("dice_mean", "brats_legacy")
     # a study over one of Dice takes its convention back
@@ -130,9 +131,8 @@ def test_another_score_than_dice(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "absolute_error"}, "score must be a column from 0 to 1 of which more is better"),
-        ({"score": "hd95_WT"}, "score must be a column from 0 to 1 of which more is better"),
-        ({"score": ["accuracy"]}, "score must be a column from 0 to 1 of which more is better"),
+        ({"score": "hd95_WT"}, "score must be a column from 0 to 1, such as accuracy, or absolute_error"),
+        ({"score": ["accuracy"]}, "score must be a column from 0 to 1, such as accuracy, or absolute_error"),
         ({"score": "accuracy", "convention": "monai"}, "convention is for Dice and says nothing of accuracy"),
     ],
 )
