@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from monai_cggm.batches import FUSED, PADDING, PRESENT
-from monai_cggm.data.rows import BLOCK, Rows, Table
+from monai_cggm.data.rows import BLOCK, Place, Rows, Table
 from monai_cggm.data.splits import PART_OF, Split, check_patients, split_cases
 from monai_cggm.data.tables import (
     GROUPS,
@@ -41,7 +41,7 @@ Task = Literal["classification", "regression"]
 TASKS: tuple[Task, ...] = ("classification", "regression")
 
 #: keys of a sample that no modality may be called
-RESERVED = {"case", "patient", "label", "part", "index", CommonKeys.IMAGE, PRESENT, FUSED}
+RESERVED = {"case", "patient", "label", "part", "parted", "index", CommonKeys.IMAGE, PRESENT, FUSED}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Samples(list[dict[str, Any]]):
 
     Each is a dictionary: ``case`` (its ID), ``patient`` (its group, which a split keeps together), one array a
     modality, ``(D,)`` or ``(T, D)``, of those that it has, ``label`` where there are labels, and ``part`` where the
-    file says what part of a split it is in.
+    file says what part of a split it is in. ``parted`` marks samples of a group that a published split parts; see
+    :func:`split_features`.
 
     Args:
         items: the samples.
@@ -155,7 +156,8 @@ def load_features(
         modalities: names and order of those to use; default: all that are found. Of a MATLAB cell of views: names for
             all of them, in the file's order, or some of ``view1`` to ``viewV``.
         task: ``classification``, or ``regression`` of one number.
-        allow_missing: whether a sample may lack modalities (one is enough): a row that is NaN throughout.
+        allow_missing: whether a sample may lack modalities (one is enough): a row that is NaN throughout, in pickles,
+            too, although none that is published has one.
         need_label: whether there must be labels; without it they are not read.
         classes: the classes that are known already, so that no other may come.
 
@@ -165,8 +167,8 @@ def load_features(
 
     Raises:
         ValueError: for another task.
-        DataError: lists what is wrong: missing files and modalities, lengths or IDs that do not fit, NaN, labels that
-            are missing, no whole numbers, or of no known class.
+        DataError: lists what is wrong: missing files and modalities, parts that are empty or lack a modality, lengths
+            or IDs that do not fit, NaN, labels that are missing, no whole numbers, or of no known class.
 
     Example:
         >>> import tempfile
@@ -195,20 +197,26 @@ def load_features(
     skipped = {} if labels is None else {ids[row]: reason for row, reason in labels.skipped.items()}
     used = [row for row, case in enumerate(ids) if case not in skipped] if skipped else None
     order = ids if used is None else [ids[row] for row in used]
+    if not order:
+        raise DataError([f"{source} has no sample that can be used"])
     rows = {name: _rows(table, places[name], used) for name, table in features.items()}
     aligned = {name: _vector(table, places[name], used) for name, table in beside.items()}
     lengths = {name: aligned[name + LENGTHS] for name in names if name + LENGTHS in aligned}
-    present = _check_values(features, rows, lengths, order, allow_missing)
+    part_of = _parts(aligned["split"], beside["split"]) if "split" in aligned else parts
+    called = _called(order, used, part_of)
+    present = _check_values(features, rows, lengths, called, allow_missing)
     items = _items(order, rows, lengths, present)
     group_of = [str(group) for group in aligned["group"]] if "group" in aligned else order
-    part_of = _parts(aligned["split"], beside["split"]) if "split" in aligned else parts
+    parted = beside["split"].parted if "split" in beside else frozenset()
     for row, item in enumerate(items):
         item["patient"] = group_of[row]
         if part_of is not None:
             item["part"] = part_of[row]
+        if group_of[row] in parted:
+            item["parted"] = True
     known: tuple[str, ...] = tuple(classes or ())
     if labels is not None:
-        targets, known = _labels(aligned["label"], labels.where, task, known, order)
+        targets, known = _labels(aligned["label"], labels.where, task, known, called)
         for item, target in zip(items, targets, strict=True):
             item["label"] = target
     description = Description(task, tuple(names), {n: rows[n].shape[-1] for n in names}, known)
@@ -240,11 +248,14 @@ def split_features(
 ) -> Split:
     """Split samples into training, validation and test parts; a group's samples stay together.
 
+    Splits that others publish of a data set may part a group, a video for example. They are taken as they are, so that
+    results can be compared; no part that is drawn here shares a group with another one.
+
     Args:
         samples: from :func:`load_features`.
         sizes: see :func:`monai_cggm.data.split_cases`.
         fractions: see there; where the data come with a training and a test part only, the validation part is drawn
-            from the training part with their first two.
+            with their first two from those of the training part whose groups are not in the test part.
         seed: seed of the draw.
         split_file: JSON of IDs, which wins over everything.
         source: ``"file"``: the split that comes with the data. ``"draw"``: another one. None: the data's, where there
@@ -254,8 +265,8 @@ def split_features(
         ``{"train": [...], "validation": [...], "test": [...]}``.
 
     Raises:
-        DataError: where the data come with no split and ``source`` is ``"file"``, where a group is in two parts of it,
-            and as in :func:`monai_cggm.data.split_cases`.
+        DataError: where the data come with no split and ``source`` is ``"file"``, where a group is in two parts of it
+            and it is none that others have published, and as in :func:`monai_cggm.data.split_cases`.
         ValueError: for another ``source``.
 
     Example:
@@ -275,9 +286,14 @@ def split_features(
         return split_cases(samples, sizes=sizes, fractions=fractions, seed=seed, split_file=split_file)
     split: Split = {part: [s for s in samples if s["part"] == part] for part in ("train", "validation", "test")}
     if not split["validation"] and split["train"]:
+        tested = {s["patient"] for s in split["test"] if "parted" in s}
+        free = [s for s in split["train"] if s.get("patient") not in tested]
+        if not free:
+            raise DataError(["every group of the training part is in the test part, too: none is left for validation"])
         share = fractions[1] / (fractions[0] + fractions[1])
-        drawn = split_cases(split["train"], fractions=(1 - share, share, 0.0), seed=seed)
-        split |= {part: drawn[part] for part in ("train", "validation")}
+        validated = split_cases(free, fractions=(1 - share, share, 0.0), seed=seed)["validation"]
+        chosen = {s["case"] for s in validated}
+        split |= {"train": [s for s in split["train"] if s["case"] not in chosen], "validation": validated}
     check_patients(split)
     return split
 
@@ -346,6 +362,9 @@ class FeatureDataset(Dataset):
     boolean ``(M,)``; ``case``; ``index``, its place in the data set; and ``label``: a class index, or ``(1,)`` for
     regression.
 
+    A pickle of it, which a worker process that is spawned gets, says where the numbers of mapped files lie; it does not
+    hold them.
+
     Args:
         samples: as :func:`load_features` gives them, or some of them.
         description: of the data set.
@@ -368,6 +387,24 @@ class FeatureDataset(Dataset):
         self.sequences = {
             name for name in description.modalities if any(np.ndim(s[name]) == 2 for s in samples if name in s)
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker process gets that is spawned: of mapped files, where the numbers lie in them."""
+        samples = [
+            {name: (isinstance(value, np.ndarray) and Place.of(value)) or value for name, value in sample.items()}
+            for sample in self.samples
+        ]
+        return {**self.__dict__, "samples": samples}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the files again, each once."""
+        self.__dict__ |= state
+        paths = {value.path for sample in self.samples for value in sample.values() if isinstance(value, Place)}
+        files = {path: np.memmap(path, mode="r") for path in paths}
+        self.samples = [
+            {name: value.read(files[value.path]) if isinstance(value, Place) else value for name, value in s.items()}
+            for s in self.samples
+        ]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -594,6 +631,13 @@ def _vector(table: Table, places: Sequence[int] | None, used: Sequence[int] | No
     return values if used is None else values[used]
 
 
+def _called(order: Sequence[str], used: Sequence[int] | None, parts: Sequence[str] | None) -> list[str]:
+    """What messages call each sample: its row in the file, its ID and its part."""
+    numbers = range(len(order)) if used is None else used
+    endings = [""] * len(order) if parts is None else [f" in the {part} part" for part in parts]
+    return [f"row {n + 1} ({case}){end}" for n, case, end in zip(numbers, order, endings, strict=True)]
+
+
 def _items(
     order: Sequence[str], rows: Mapping[str, Rows], lengths: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
@@ -611,15 +655,15 @@ def _check_values(
     tables: Mapping[str, Table],
     rows: Mapping[str, Rows],
     lengths: Mapping[str, np.ndarray],
-    order: Sequence[str],
+    called: Sequence[str],
     allow_missing: bool,
 ) -> dict[str, np.ndarray]:
     """Say which samples have which modality, ``(N,)`` a modality, after a look at every number."""
     present, problems = {}, []
     for name, table in tables.items():
         values = rows[name]
-        if values.dtype.kind not in "fiub" or len(values.shape) not in (2, 3):
-            kind = "objects" if values.dtype == object else f"{values.dtype} of {len(values.shape)} dimensions"
+        if values.dtype.kind not in "fiub" or len(values.shape) not in (2, 3) or 0 in values.shape:
+            kind = "objects" if values.dtype == object else f"{values.dtype} {values.shape}"
             problems.append(
                 f"modality {name}: holds {kind}, expected numbers (N, D) or sequences (N, T, D) ({table.where})"
             )
@@ -635,13 +679,13 @@ def _check_values(
             hint = "; a row that is NaN throughout counts as missing with allow_missing" if empty[wrong].all() else ""
             problems.append(
                 f"modality {name}: {int(wrong.sum())} rows with NaN, infinite or no values, the first is "
-                f"{_row(first, order)}{hint} ({table.where})"
+                f"{called[first]}{hint} ({table.where})"
             )
         present[name] = ~empty
     if not problems:
         none = ~np.stack(list(present.values())).any(axis=0)
         if none.any():
-            problems.append(f"{_row(int(none.argmax()), order)} has none of the modalities {', '.join(tables)}")
+            problems.append(f"{called[int(none.argmax())]} has none of the modalities {', '.join(tables)}")
     if problems:
         raise DataError(problems)
     return present
@@ -681,12 +725,8 @@ def _parts(values: np.ndarray, table: Table) -> list[str]:
     return [PART_OF[word] for word in words]
 
 
-def _row(index: int, order: Sequence[str]) -> str:
-    return f"row {index + 1} ({order[index]})"
-
-
 def _labels(
-    values: np.ndarray, where: str, task: Task, known: tuple[str, ...], order: Sequence[str]
+    values: np.ndarray, where: str, task: Task, known: tuple[str, ...], called: Sequence[str]
 ) -> tuple[list[Any], tuple[str, ...]]:
     """Targets, and the classes that they count through."""
     if values.dtype == object:
@@ -695,7 +735,7 @@ def _labels(
     def refuse(rows: np.ndarray, expected: str) -> None:
         if rows.any():
             index = int(rows.argmax())
-            raise DataError([f"labels: {_row(index, order)} is {str(values[index])!r}, expected {expected} ({where})"])
+            raise DataError([f"labels: {called[index]} is {str(values[index])!r}, expected {expected} ({where})"])
 
     numbers = _as_numbers(values)
     if task == "regression":

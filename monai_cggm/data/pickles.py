@@ -11,9 +11,12 @@ Python 2 are read.
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import re
-from collections.abc import Callable
+import struct
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,11 @@ import numpy as np
 
 from monai_cggm.errors import DataError
 
-_PLAIN = (str, bytes, bytearray, int, float, type(None))
+_PLAIN = (str, bytes, bytearray, int, float, type(None), set, frozenset)
+#: what may be a key of a dictionary or a member of a set: the hash of tuples in tuples may take for ever, or end Python
+_KEYS = (str, bytes, int, type(None))
+#: dimensions of an array, NumPy's own limit, and its most words where all of them are empty and none is in the file
+_DIMENSIONS, _EMPTY_WORDS = 64, 2**20
 #: booleans, integers, floating-point numbers, bytes and text, as NumPy writes the names of types
 _TYPE = re.compile(r"b1|[iu][1248]|f[248]|[SU]\d*|O\d?")
 #: operations that make and fill plain values, name a class and call it, and nothing beyond
@@ -41,6 +48,14 @@ _OPERATIONS = frozenset(
     + pickle.PUT + pickle.BINPUT + pickle.LONG_BINPUT + pickle.MEMOIZE
     + pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.REDUCE + pickle.BUILD
 )  # fmt: skip
+#: operations that fill a dictionary or a set → the places of the keys, of what was put on the stack for them
+_KEYS_OF = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(None, None, 2),
+    pickle.DICT: slice(None, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -67,7 +82,11 @@ def read_pickle(path: str | Path) -> Any:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            return _finished(_Reader(file, encoding="latin1").load(), {})
+            if not path.stat().st_size:
+                raise EOFError
+            # of a mapped file no more is read, and no memory taken for more, than there is, whatever the pickle says
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                return _finished(_Reader(mapped, encoding="latin1").load(), {})
     except _Refused as error:
         raise DataError(
             [
@@ -117,7 +136,8 @@ class _Type:
         self.name = name.decode("latin1") if isinstance(name, bytes) else name
         self.order, self.size = "|", -1
         if not isinstance(self.name, str) or not _TYPE.fullmatch(self.name):
-            raise _Refused(f"a NumPy array of type {str(self.name)[:40]!r}")
+            found = repr(self.name[:40]) if isinstance(self.name, str) else _kind(self.name)
+            raise _Refused(f"a NumPy array of type {found}")
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) < 7 or any(part is not None for part in state[2:5] + state[8:]):
@@ -157,7 +177,11 @@ class _Array:
     def fill(self, data: Any, kind: Any, shape: Any, order: Any) -> None:
         if not isinstance(kind, _Type) or order not in ("C", "F") or self.values is not None:
             raise ValueError("an array without a type or an order, or restored twice")
-        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) > _DIMENSIONS
+            or not all(type(size) is int and 0 <= size < 2**63 for size in shape)
+        ):
             raise ValueError("an array without a shape")
         count = math.prod(shape)
         if kind.objects:
@@ -170,8 +194,15 @@ class _Array:
         dtype = kind.dtype()
         if not isinstance(data, (bytes, bytearray)) or len(data) != count * dtype.itemsize:
             raise ValueError(f"an array of {count} x {dtype.itemsize} bytes, and not as many bytes")
-        empty = not len(data)
-        self.values = np.zeros(shape, dtype) if empty else np.frombuffer(data, dtype).reshape(shape, order=order)
+        if not len(data):
+            if count > _EMPTY_WORDS:
+                raise ValueError(f"an array of {count} empty words")
+            self.values = np.broadcast_to(np.zeros((), dtype), shape)  # one word, for all of them
+            return
+        characters = np.dtype("u4").newbyteorder(dtype.byteorder)
+        if dtype.kind == "U" and np.frombuffer(data, characters).max() > sys.maxunicode:
+            raise ValueError("an array of words with a character that does not exist")
+        self.values = np.frombuffer(data, dtype).reshape(shape, order=order)
 
     def finished(self, seen: dict[int, Any]) -> np.ndarray:
         if self.values is None:
@@ -226,7 +257,7 @@ def _bytes(*arguments: Any) -> bytes:
 def _set(elements: Any = ()) -> set[Any]:
     if not isinstance(elements, (list, tuple)):
         raise _Refused("a call of set")
-    return set(elements)
+    return set(_keys(elements))
 
 
 _NAMES: dict[tuple[str, str], Any] = {
@@ -241,16 +272,46 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 
 
+def _keys(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if not isinstance(value, _KEYS):
+            raise ValueError(f"{_kind(value)} is a key of a dictionary or in a set, expected a word or a whole number")
+    return values
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__.strip("_").lower()
+
+
 def _no_operation(reader: Any) -> None:
     raise _Refused("an operation that makes objects of other classes")
+
+
+def _with_keys(operation: Callable[[Any], None], which: slice) -> Callable[[Any], None]:
+    """The operation, after a look at what is to be a key."""
+
+    def checked(reader: Any) -> None:
+        _keys(reader.stack[which])
+        operation(reader)
+
+    return checked
+
+
+def _bytearray(reader: Any) -> None:
+    (size,) = struct.unpack("<Q", reader.read(8))
+    reader.append(bytearray(reader.read(size)))  # pickle's own makes one of this size before it reads
 
 
 # The implementation in Python, since the one in C has operations that cannot be taken away: extension codes look up
 # objects that other code has registered, without asking `find_class`.
 class _Reader(pickle._Unpickler):
     dispatch = {  # noqa: RUF012
-        code: operation if code in _OPERATIONS else _no_operation
-        for code, operation in pickle._Unpickler.dispatch.items()
+        **{
+            code: operation if code in _OPERATIONS else _no_operation
+            for code, operation in pickle._Unpickler.dispatch.items()
+        },
+        **{code[0]: _with_keys(pickle._Unpickler.dispatch[code[0]], which) for code, which in _KEYS_OF.items()},
+        pickle.BYTEARRAY8[0]: _bytearray,
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -272,8 +333,6 @@ def _finished(value: Any, seen: dict[int, Any]) -> Any:
         if id(value) not in seen:
             seen[id(value)] = (value, tuple(_finished(element, seen) for element in value))
         return seen[id(value)][1]
-    if isinstance(value, (set, frozenset)):
-        return type(value)(_finished(element, seen) for element in value)
     if not isinstance(value, (list, dict)):
         raise _Refused("a function or a class in the place of a value")
     if id(value) in seen:
@@ -283,6 +342,5 @@ def _finished(value: Any, seen: dict[int, Any]) -> Any:
         value[:] = [_finished(element, seen) for element in value]
     else:
         for key in value:
-            _finished(key, seen)
             value[key] = _finished(value[key], seen)
     return value

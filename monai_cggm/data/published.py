@@ -25,7 +25,7 @@ import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 LABELS = ("labels", "regression_labels", "label")
 #: keys of what is numbers and no modality: IDs, and MMSA's tokens of words
 NO_MODALITY = ("id", "ids", "text_bert")
+#: modalities that may have infinite values: COVAREP's logarithms of silence
+AUDIO = ("audio", "acoustic", "covarep")
 #: MulT's columns of IEMOCAP's labels
 EMOTIONS = ("neutral", "happy", "sad", "angry")
 #: DialogueRNN's numbers of IEMOCAP's emotions: happy, sad, neutral, angry, excited, frustrated → the four classes.
@@ -60,8 +62,12 @@ def read_published(path: str | Path) -> dict[str, Table]:
 
     Of sequences: positions that are zero throughout at the beginning or the end of a row are padding and cut off (MulT
     pads in front, MMSA behind), unless there are lengths (``audio_lengths``); a row that is zero throughout keeps one
-    position. Infinite values (COVAREP's −∞) and NaN become 0, and the log counts them. Numeric arrays of two or three
-    dimensions are modalities; the log names what is not used.
+    position. Where all sequences are equally long, as in aligned files, a position is a word, and one is cut off where
+    all modalities are zero, so that words stay side by side. Numeric arrays of two or three dimensions are modalities;
+    the log names what is not used.
+
+    Infinite values in audio (COVAREP's −∞) become 0, and the log counts them. NaN, and infinite values elsewhere, stay:
+    :func:`monai_cggm.data.load_features` refuses them, or takes a row that is NaN throughout for a missing modality.
 
     Labels are one number a row, or MulT's ``(N, 4, 2)`` for IEMOCAP: yes or no for neutral, happy, sad and angry. There
     the emotion with the yes is the class, and rows with none or several are skipped. (Of the two columns the one that
@@ -69,8 +75,8 @@ def read_published(path: str | Path) -> dict[str, Table]:
     happy, and frustrated is skipped (:data:`DIALOGUE_EMOTIONS`).
 
     IDs are the file's own, made unique, and videos or dialogues are groups: what stands in the ID before ``[``, ``$_$``
-    or the last ``_``, or the first of several columns. The split is the file's own; where it parts a group, which the
-    log says, the pieces are groups of their own.
+    or the last ``_``, or the first of several columns. The split is the file's own; the log says how many groups it
+    parts.
 
     Args:
         path: the file.
@@ -79,8 +85,8 @@ def read_published(path: str | Path) -> dict[str, Table]:
         Name → table: the modalities, their lengths, ``labels``, ``ids``, ``groups``, ``splits``.
 
     Raises:
-        DataError: for a file of no such kind, parts or rows that do not fit together, and as in
-            :func:`monai_cggm.data.pickles.read_pickle`.
+        DataError: for a file of no such kind, a part that is empty or lacks what another one has, rows that do not fit
+            together, and as in :func:`monai_cggm.data.pickles.read_pickle`.
     """
     path = Path(path)
     content = read_pickle(path)
@@ -149,6 +155,7 @@ def read_mosi(folder: str | Path) -> dict[str, Table]:
     # words: as numbers they would pass for scores in a regression
     tables["labels"] = Table(np.where(positive == 1, "positive", "negative"), str(folder))
     sizes = {part: len(found) for part, (_, found) in parts.items()}
+    _check_filled(sizes, folder)
     return tables | _beside(ids, [_group(case, own=True) for case in ids], sizes, str(folder))
 
 
@@ -157,21 +164,24 @@ def read_mosi(folder: str | Path) -> dict[str, Table]:
 
 def _sequences(parts: dict[str, dict[str, Any]], path: Path) -> dict[str, Table]:
     parts = {part: {_word(key): value for key, value in content.items()} for part, content in parts.items()}
-    first = next(iter(parts.values()))
-    label = next((key for key in LABELS if key in first), None)
-    names = [name for name, value in first.items() if _is_modality(name, value)]
+    found = {key: None for content in parts.values() for key, value in content.items() if value is not None}
+    label = next((key for key in LABELS if key in found), None)
+    names = [name for name in found if any(_is_modality(name, content.get(name)) for content in parts.values())]
     if not names:
-        raise DataError([f"{path.stem}: has no numbers (N, T, D) or (N, D), found {sorted(first)} ({path})"])
-    _check_parts(parts, [*names, *([label] if label else [])], path)
+        raise DataError([f"{path.stem}: has no numbers (N, T, D) or (N, D), found {sorted(found)} ({path})"])
+    others = [key for key in (label, "id") if key in found]
+    _check_parts(parts, names, others, path)
     sizes = {part: len(content[names[0]]) for part, content in parts.items()}
-    used = {*names, *(name + "_lengths" for name in names), label, "id"}
-    unused = [key for key in first if key not in used]
+    _check_filled(sizes, path)
+    used = {*names, *(name + "_lengths" for name in names), *others}
+    unused = [key for key in found if key not in used]
     if unused:
         logger.info("%s: not used: %s", path.name, ", ".join(unused))
 
+    spans = {part: _spans(content, names, part, path) for part, content in parts.items()}
     tables: dict[str, Table] = {}
     for name in names:
-        tables |= _modality(name, parts, path)
+        tables |= _modality(name, parts, spans, path)
     if label is not None:
         tables["labels"] = _labels([np.asarray(content[label]) for content in parts.values()], sizes, path)
     ids, groups = _ids([content.get("id") for content in parts.values()], sizes, path)
@@ -188,84 +198,147 @@ def _is_modality(name: str, value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim in (2, 3) and value.dtype.kind in "fiub"
 
 
-def _check_parts(parts: Mapping[str, Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+def _check_parts(
+    parts: Mapping[str, Mapping[str, Any]], names: Sequence[str], others: Sequence[str], path: Path
+) -> None:
+    """Check the parts' modalities, and whether labels and IDs are there and have as many rows."""
     problems = []
-    first = next(iter(parts.values()))
+    expected: dict[str, tuple[int, ...]] = {}
     for part, content in parts.items():
-        rows = np.shape(content[names[0]])[:1] if names[0] in content else ()
-        for name in names:
-            if name not in content:
+        rows: int | None = None
+        for name in (*names, *others):
+            value = content.get(name)
+            if value is None:
                 problems.append(f"{name}: is not in the {part} part ({path})")
                 continue
-            shape = np.shape(content[name])
-            if "label" not in name and not _is_modality(name, content[name]):
-                found = _described(content[name])
-                problems.append(f"{name}: is {found} in the {part} part, expected an array of numbers ({path})")
-            elif "label" not in name and shape[1:] != first[name].shape[1:]:
-                expected = first[name].shape[1:]
-                problems.append(f"{name}: a row is {shape[1:]} in the {part} part, expected {expected} ({path})")
-            elif rows and shape[:1] != rows:
-                found = str(shape[0]) if shape else "no"
-                problems.append(f"{name}: {found} rows in the {part} part, expected {rows[0]} ({path})")
+            wanted = "an array of numbers" if name in names else "a list or an array with an entry a row"
+            if not (_is_modality(name, value) if name in names else _is_listed(value)):
+                problems.append(f"{name}: is {_described(value)} in the {part} part, expected {wanted} ({path})")
+                continue
+            row = value.shape[1:] if name in names else ()
+            rows = len(value) if rows is None else rows
+            if 0 in row:
+                problems.append(f"{name}: a row is {row} in the {part} part, expected some numbers ({path})")
+            elif row != expected.setdefault(name, row):
+                problems.append(f"{name}: a row is {row} in the {part} part, expected {expected[name]} ({path})")
+            elif len(value) != rows:
+                problems.append(f"{name}: {len(value)} rows in the {part} part, expected {rows} ({path})")
     if problems:
         raise DataError(problems)
 
 
-def _modality(name: str, parts: Mapping[str, dict[str, Any]], path: Path) -> dict[str, Table]:
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _check_filled(sizes: Mapping[str, int], path: Path) -> None:
+    problems = [
+        f"the {part} part is empty, expected samples in it ({path})" for part, size in sizes.items() if not size
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _spans(content: Mapping[str, Any], names: Sequence[str], part: str, path: Path) -> dict[str, np.ndarray]:
+    """Where the rows of each sequence of a part begin and end, ``(N, 2)``."""
+    longest = {name: content[name].shape[1] for name in names if content[name].ndim == 3}
+    spans, given = {}, set()
+    for name in longest:
+        lengths = content.get(name + "_lengths")
+        if lengths is None:
+            spans[name] = _live(content[name])
+        else:
+            ends = _whole(lengths, len(content[name]), f"{name}_lengths of the {part} part", path)
+            spans[name] = np.stack([np.zeros_like(ends), np.maximum(ends, 1)], axis=1)
+            given.add(name)
+    if len(set(longest.values())) == 1:  # aligned: what is a word in one modality is one in all
+        begins, ends = np.stack(list(spans.values())).T
+        of_all = np.stack([begins.min(axis=1), np.minimum(ends.max(axis=1), max(longest.values()))], axis=1)
+        spans |= {name: of_all for name in longest if name not in given}
+    return {name: np.where(span[:, :1] < span[:, 1:], span, (0, 1)) for name, span in spans.items()}
+
+
+def _live(values: np.ndarray) -> np.ndarray:
+    """Where each row's first and last position lie that are not zero throughout; end before begin where there is none.
+
+    A row that is NaN throughout has none, so that a modality that is missing does not keep others' padding.
+    """
+    length = values.shape[1]
+    spans = [np.empty((0, 2), dtype=int)]
+    for block in _blocks(values):
+        live = (block != 0).any(axis=2) & ~np.isnan(block).all(axis=(1, 2))[:, None]
+        some = live.any(axis=1)
+        begins = np.where(some, live.argmax(axis=1), length)
+        ends = np.where(some, length - live[:, ::-1].argmax(axis=1), 0)
+        spans.append(np.stack([begins, ends], axis=1))
+    return np.concatenate(spans)
+
+
+def _modality(
+    name: str, parts: Mapping[str, dict[str, Any]], spans: Mapping[str, Mapping[str, np.ndarray]], path: Path
+) -> dict[str, Table]:
     """One modality of all parts, and its lengths; takes its arrays out of the parts, to free them."""
     pieces, lengths = [], []
     replaced = np.zeros(2, dtype=int)
     for part, content in parts.items():
-        values, found, counts = _cleaned(content.pop(name), trim=name + "_lengths" not in content)
-        given = content.get(name + "_lengths")
-        if given is not None and values.ndim == 3:
-            found = np.maximum(_whole(given, f"{name}_lengths of the {part} part", path), 1)
+        values = _floats(content.pop(name))
+        if name.lower() in AUDIO:
+            values, counts = _without_infinity(values)
+            replaced += counts
+        if name in spans[part]:
+            begins, ends = spans[part][name].T
+            values = _moved_to_front(values, begins, ends)
+            lengths.append(ends - begins)
         pieces.append(values)
-        lengths.append(found)
-        replaced += counts
-    if replaced.any():
-        text = "%s: %s: %d values that are infinite or NaN became 0, in %d rows"
-        logger.warning(text, path.name, name, *replaced)
+    _tell_replaced(name, replaced, path)
     tables = {name: Table(pieces[0], f"{path}, {name}", following=tuple(pieces[1:]))}
-    if pieces[0].ndim == 3:
+    if lengths:
         tables[name + "_lengths"] = Table(np.concatenate(lengths), f"{path}, {name}_lengths")
     return tables
 
 
-def _cleaned(array: np.ndarray, trim: bool) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Finite numbers with no padding in front, the rows' lengths, and how many numbers and rows were replaced."""
-    values = array
-    if array.dtype not in (np.float16, np.float32):
-        with np.errstate(over="ignore"):
-            values = array.astype(np.float32)
-    lengths = np.ones(len(values), dtype=int) if trim or values.ndim == 2 else np.zeros(len(values), dtype=int)
-    numbers = rows = 0
+def _floats(array: np.ndarray) -> np.ndarray:
+    if array.dtype in (np.float16, np.float32):
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
+
+
+def _without_infinity(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Zeros in the place of infinite values, and how many numbers and rows that are."""
+    counts = np.zeros(2, dtype=int)
+    for block in _blocks(values):
+        bad = np.isinf(block)
+        counts += bad.sum(), bad.reshape(len(bad), -1).any(axis=1).sum()
+    if counts.any():
+        values = values if values.flags.writeable else values.copy()
+        for block in _blocks(values):
+            block[np.isinf(block)] = 0
+    return values, counts
+
+
+def _tell_replaced(name: str, counts: np.ndarray, path: Path) -> None:
+    if counts.any():
+        logger.warning("%s: %s: %d infinite values became 0, in %d rows", path.name, name, *counts)
+
+
+def _moved_to_front(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    for row in np.flatnonzero(begins):
+        values = values if values.flags.writeable else values.copy()
+        values[row, : ends[row] - begins[row]] = values[row, begins[row] : ends[row]].copy()
+    return values
+
+
+def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
     step = max(1, BLOCK // max(1, int(np.prod(values.shape[1:]))))
     for start in range(0, len(values), step):
-        block = values[start : start + step]
-        bad = ~np.isfinite(block)
-        if bad.any():
-            values = values if values.flags.writeable else values.copy()
-            block = values[start : start + step]
-            numbers, rows = numbers + int(bad.sum()), rows + int(bad.reshape(len(bad), -1).any(axis=1).sum())
-            block[bad] = 0
-        if not trim or values.ndim == 2:
-            continue
-        live = (block != 0).any(axis=2)
-        begins = live.argmax(axis=1)
-        ends = np.where(live.any(axis=1), live.shape[1] - live[:, ::-1].argmax(axis=1), 1)
-        lengths[start : start + step] = ends - begins
-        for row in np.flatnonzero(begins) + start:
-            values = values if values.flags.writeable else values.copy()
-            begin, length = begins[row - start], lengths[row]
-            values[row, :length] = values[row, begin : begin + length].copy()
-    return values, lengths, (numbers, rows)
+        yield values[start : start + step]
 
 
-def _whole(given: Any, what: str, path: Path) -> np.ndarray:
+def _whole(given: Any, size: int, what: str, path: Path) -> np.ndarray:
     values = np.asarray(given).ravel()
-    if values.dtype.kind not in "iuf" or (values != np.round(values)).any():
-        raise DataError([f"{what}: hold {_described(given)}, expected whole numbers ({path})"])
+    if values.dtype.kind not in "iuf" or len(values) != size or (values != np.round(values)).any():
+        raise DataError([f"{what}: hold {_described(given)}, expected {size} whole numbers ({path})"])
     return values.astype(int)
 
 
@@ -308,10 +381,10 @@ def _ids(raw: Sequence[Any], sizes: Mapping[str, int], path: Path) -> tuple[list
         return ids, ids
     columns: list[list[str]] = []
     problems = []
-    for given, (part, size) in zip(raw, sizes.items(), strict=True):
+    for given, part in zip(raw, sizes, strict=True):
         rows = [[_word(cell) for cell in np.ravel(np.asarray(row, dtype=object))] for row in given]
-        if len(rows) != size or not all(rows):
-            problems.append(f"id: {len(rows)} rows in the {part} part, expected {size} with an ID each ({path})")
+        if not all(rows):
+            problems.append(f"id: row {rows.index([]) + 1} of the {part} part has no ID ({path})")
         columns += rows
     if problems:
         raise DataError(problems)
@@ -345,22 +418,21 @@ def _beside(ids: Sequence[str], groups: Sequence[str], sizes: Mapping[str, int],
     parts = [part for part, size in sizes.items() for _ in range(size)]
     return {
         "ids": Table(np.array(ids), f"{where}, id"),
-        "groups": Table(np.array(_kept_apart(groups, parts, where)), f"{where}, id"),
-        "splits": Table(np.array(parts), where),
+        "groups": Table(np.array(groups), f"{where}, id"),
+        "splits": Table(np.array(parts), where, parted=_parted(groups, parts, where)),
     }
 
 
-def _kept_apart(groups: Sequence[str], parts: Sequence[str], where: str) -> list[str]:
-    """Groups, where those that the file's own split parts have become one for each part."""
+def _parted(groups: Sequence[str], parts: Sequence[str], where: str) -> frozenset[str]:
+    """Groups that the file's own split parts."""
     parts_of: dict[str, set[str]] = {}
     for group, part in zip(groups, parts, strict=True):
         parts_of.setdefault(group, set()).add(part)
-    parted = {group for group, those in parts_of.items() if len(those) > 1}
+    parted = frozenset(group for group, those in parts_of.items() if len(those) > 1)
     if parted:
-        text = "%s: its own split parts %d of %d videos or dialogues, such as %s; their pieces count as different ones"
+        text = "%s: its own split parts %d of %d videos or dialogues, such as %s"
         logger.warning(text, where, len(parted), len(parts_of), min(parted))
-    pairs = zip(groups, parts, strict=True)
-    return [f"{group} ({part})" if group in parted else group for group, part in pairs]
+    return parted
 
 
 # ---------------------------------------------------------------------- utterances: IEMOCAP's dialogues
@@ -381,16 +453,17 @@ def _dialogues(content: Sequence[Any], path: Path) -> dict[str, Table]:
             problems.append(f"dialogue {dialogue}: has {found}, expected one of each an utterance ({path})")
     if problems:
         raise DataError(problems)
-    tables = {}
-    for name, key in (("text", "text"), ("audio", "audio"), ("vision", "visual features")):
-        values, _, counts = _cleaned(_stacked(what[key], order, name, path), trim=False)
-        if any(counts):
-            text = "%s: %s: %d values that are infinite or NaN became 0, in %d rows"
-            logger.warning(text, path.name, name, *counts)
-        tables[name] = Table(values, f"{path}, {name}")
+    sizes_of = {part: sum(len(what["IDs"][d]) for d in dialogues) for part, dialogues in parts.items()}
+    _check_filled(sizes_of, path)
+    values = {
+        name: _stacked(what[key], order, name, path)
+        for name, key in (("text", "text"), ("audio", "audio"), ("vision", "visual features"))
+    }
+    values["audio"], counts = _without_infinity(values["audio"])
+    _tell_replaced("audio", counts, path)
+    tables = {name: Table(array, f"{path}, {name}") for name, array in values.items()}
     ids = [_word(case) for _, dialogue in order for case in what["IDs"][dialogue]]
     groups = [str(dialogue) for _, dialogue in order for _ in what["IDs"][dialogue]]
-    sizes_of = {part: sum(len(what["IDs"][d]) for d in dialogues) for part, dialogues in parts.items()}
     numbers = [label for _, dialogue in order for label in what["labels"][dialogue]]
     tables["labels"] = _dialogue_labels(numbers, ids, path)
     return tables | _beside(_unique(ids), groups, sizes_of, str(path))

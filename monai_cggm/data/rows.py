@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Table:
         turnable: whether a file of this kind may hold it with a column a sample, as MATLAB's do.
         following: further arrays, whose rows come after those of ``values``: parts that lie in several files.
         skipped: of labels: rows that cannot be used → the reason.
+        parted: of a split: groups that it may have in several parts, as published ones do.
     """
 
     values: np.ndarray
@@ -31,6 +33,7 @@ class Table:
     turnable: bool = False
     following: tuple[np.ndarray, ...] = ()
     skipped: Mapping[int, str] = field(default_factory=dict)
+    parted: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return sum(map(len, (self.values, *self.following)))
@@ -64,8 +67,8 @@ class Rows:
 
     @property
     def dtype(self) -> np.dtype:
-        """As of an array."""
-        return self.arrays[0].dtype
+        """As of an array: a type that holds the numbers of all of them."""
+        return np.result_type(*self.arrays)
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self.order is None else len(self.order)
@@ -109,6 +112,53 @@ class Rows:
                 yield start, self.arrays[0][start:stop]
             else:
                 yield start, np.stack([self[row] for row in range(start, stop)])
+
+
+class Place(NamedTuple):
+    """Where the numbers of an array lie in a file, in the place of the numbers.
+
+    Attributes:
+        path: the file.
+        offset: the first number's, in bytes.
+        dtype: as of the array.
+        shape: likewise.
+        strides: likewise.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(f"{folder}/a.npy", np.arange(6.0).reshape(2, 3))
+        ...     place = Place.of(np.load(f"{folder}/a.npy", mmap_mode="r")[1])
+        ...     place.read(np.memmap(place.path, mode="r")).tolist()
+        [3.0, 4.0, 5.0]
+    """
+
+    path: str
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Place | None:
+        """Return the place of a mapped array or a view of one; None for numbers that may be in memory alone."""
+        owner: Any = array
+        mapped: np.memmap | None = None
+        while isinstance(owner, np.ndarray):
+            mapped = owner if isinstance(owner, np.memmap) else mapped
+            owner = owner.base
+        if mapped is None or mapped.filename is None or mapped.mode == "c":
+            return None
+        offset = mapped.offset + array.ctypes.data - mapped.ctypes.data
+        return cls(str(mapped.filename), offset, array.dtype, array.shape, array.strides)
+
+    def read(self, file: np.ndarray) -> np.ndarray:
+        """Return the array.
+
+        Args:
+            file: the file's bytes, mapped.
+        """
+        return np.ndarray(self.shape, self.dtype, file, self.offset, self.strides)
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

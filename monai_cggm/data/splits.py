@@ -48,7 +48,7 @@ def split_cases(
     NumPy.
 
     Args:
-        cases: datalist items with ``case`` and, if it is known, ``patient``.
+        cases: datalist items with ``case`` and, if it is known, ``patient``; see :func:`check_patients` for ``parted``.
         sizes: cases in each part, which must add up to all cases.
         fractions: share of each part where ``sizes`` is None; they must add up to 1. Every part with a share above 0
             gets at least one patient.
@@ -317,12 +317,24 @@ def _check_listed(
 def check_patients(split: Mapping[str, Sequence[Item]]) -> None:
     """Refuse a split that has cases of one patient in two parts.
 
+    A published split may do that: an item with ``parted`` is let pass in the ``part`` that its data give it, as long as
+    all items of its patient are where the data have them.
+
     Raises:
         DataError: names the case, its patient and both parts.
+
+    Example:
+        >>> one = {"case": "v_1", "patient": "v", "part": "train", "parted": True}
+        >>> other = {"case": "v_2", "patient": "v", "part": "test", "parted": True}
+        >>> check_patients({"train": [one], "test": [other]})
+        >>> check_patients({"train": [one], "validation": [other]})
+        Traceback (most recent call last):
+        monai_cggm.errors.DataError: case v_2: patient v is in both train and validation
     """
-    part_of: dict[str, str] = {}
-    for part, items in split.items():
-        for item in items:
-            patient = _patient(item)
-            if part_of.setdefault(patient, part) != part:
-                raise DataError([f"case {item['case']}: patient {patient} is in both {part_of[patient]} and {part}"])
+    placed = [(item, part) for part, items in split.items() for item in items]
+    drawn = {_patient(item) for item, part in placed if not (item.get("parted") and item.get("part") == part)}
+    first: dict[str, str] = {}
+    for item, part in placed:
+        patient = _patient(item)
+        if patient in drawn and first.setdefault(patient, part) != part:
+            raise DataError([f"case {item['case']}: patient {patient} is in both {first[patient]} and {part}"])

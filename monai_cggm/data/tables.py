@@ -85,7 +85,8 @@ def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[s
         Tables, and the part (``train``, ``validation`` or ``test``) of each row; None where no name ends in a part.
 
     Raises:
-        DataError: where an array lacks a part that another one has, or parts differ in the size of a row.
+        DataError: where an array lacks a part that another one has, a part is empty, or parts differ in the size of a
+            row, or in whether they hold numbers.
 
     Example:
         >>> tables = {f"x_{part}": Table(np.zeros((n, 2)), "file") for part, n in (("train", 2), ("test", 1))}
@@ -106,6 +107,12 @@ def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[s
         for name, parts in found.items()
         for part in order
         if part not in parts
+    ]
+    problems += [
+        f"{name}: the {part} part is empty, expected samples in it ({table.where})"
+        for name, parts in found.items()
+        for part, table in parts.items()
+        if not table.values.size
     ]
     if problems:
         raise DataError(problems)
@@ -156,6 +163,12 @@ def _joined(name: str, parts: Mapping[str, Table], rows: Mapping[str, int]) -> T
             problems.append(f"{name}: {len(values)} rows in the {part} part, expected {size} ({piece.where})")
         pieces.append(replace(piece, values=values))
     first = pieces[0]
+    numeric = [piece.values.dtype.kind in "fiub" for piece in pieces]
+    problems += [
+        f"{name}: holds {piece.values.dtype} in the {part} part, expected numbers ({piece.where})"
+        for part, piece, is_numeric in zip(rows, pieces, numeric, strict=True)
+        if any(numeric) and not is_numeric and not is_special(name)
+    ]
     problems += [
         f"{name}: parts differ, a row is {first.values.shape[1:]} and {piece.values.shape[1:]} ({piece.where})"
         for piece in pieces

@@ -423,6 +423,86 @@ def test_parts_in_npy_files_are_mapped(tmp_path):
     assert "modality b: 1 rows with NaN, infinite or no values, the first is row 7 (test_7)" in problem
 
 
+def owner(array):
+    """The mapped file that an array's memory is of."""
+    while array is not None and not (isinstance(array, np.memmap) and not isinstance(array.base, np.ndarray)):
+        array = array.base
+    return array
+
+
+def test_a_worker_process_gets_no_numbers_of_mapped_files(tmp_path):
+    large = np.broadcast_to(np.arange(40, dtype=np.float16)[:, None, None], (40, 500, 20)) * np.arange(1, 21)
+    for part, rows in (("train", slice(0, 30)), ("test", slice(30, 40))):
+        np.save(tmp_path / f"a_{part}.npy", large[rows].astype(np.float16))
+        np.save(tmp_path / f"a_lengths_{part}.npy", np.arange(1, 41)[rows])
+        np.save(tmp_path / f"b_{part}.npy", np.asfortranarray(large[rows, 0]))  # a row's numbers are far apart
+        np.save(tmp_path / f"c_{part}.npy", np.arange(40)[rows])
+        np.save(tmp_path / f"labels_{part}.npy", np.arange(40)[rows] % 2)
+    samples = load_features(tmp_path)
+    dataset = FeatureDataset(samples, samples.description)
+    content = pickle.dumps(dataset)
+    assert len(content) < 10_000  # the numbers are 800 kB
+    again = pickle.loads(content)
+    assert all(mapped(s[name]) and not s[name].flags.writeable for s in again.samples for name in "abc")
+    assert len({id(owner(s[name])) for s in again.samples for name in "abc"}) == 6  # each file is mapped once
+    assert len(again) == len(dataset) == 40
+    for one, other in zip(dataset, again, strict=True):
+        assert (one["case"], one["index"], one["label"]) == (other["case"], other["index"], other["label"])
+        for name in "abc":
+            torch.testing.assert_close(one["image"][name], other["image"][name], rtol=0, atol=0)
+    assert again[7]["image"]["a"].shape == (8, 20)
+    assert again[7]["image"]["a"][0].tolist() == [7.0 * i for i in range(1, 21)]
+    assert again.description == dataset.description
+
+
+def test_a_worker_process_gets_numbers_that_are_in_memory(tmp_path):
+    np.save(tmp_path / "a.npy", A)
+    copied = np.load(tmp_path / "a.npy", mmap_mode="c")
+    copied[1] = 5  # in memory, and not in the file
+    samples = [{"case": "x", "a": copied[1], "b": B[2]}, {"case": "y", "a": copied[2], "b": B[3]}]
+    dataset = FeatureDataset(samples, Description("classification", ("a", "b"), {"a": 3, "b": 5}, ("0", "1")))
+    again = pickle.loads(pickle.dumps(dataset))
+    for one, other in zip(samples, again.samples, strict=True):
+        for name in "ab":
+            np.testing.assert_array_equal(one[name], other[name])
+    assert samples[0]["a"] is dataset.samples[0]["a"]  # the data set itself stays what it is
+
+
+@pytest.mark.parametrize("words", ["train", "test"])
+def test_words_in_one_part_are_named_with_their_file(words, tmp_path):
+    for part, rows in (("train", slice(0, 5)), ("test", slice(5, 8))):
+        np.save(tmp_path / f"a_{part}.npy", A[rows])
+        np.save(tmp_path / f"b_{part}.npy", B[rows].astype(str) if part == words else B[rows])
+        np.save(tmp_path / f"labels_{part}.npy", LABELS[rows])
+    (problem,) = problems(tmp_path)
+    assert problem == f"b: holds <U32 in the {words} part, expected numbers ({tmp_path / f'b_{words}.npy'})"
+
+
+def test_the_type_of_rows_holds_all_arrays():
+    assert Rows([A.astype(np.float16), B[:, :3]]).dtype == np.float32
+    assert Rows([B[:, :3], np.array([["x"] * 3])]).dtype.kind == "U"
+
+
+def test_parts_that_are_empty(tmp_path):
+    for part, rows in (("train", slice(0, 8)), ("test", slice(8, None))):
+        np.save(tmp_path / f"a_{part}.npy", A[rows])
+        np.save(tmp_path / f"labels_{part}.npy", LABELS[rows])
+    assert problems(tmp_path) == [
+        f"{name}: the test part is empty, expected samples in it ({tmp_path / f'{name}_test.npy'})"
+        for name in ("a", "labels")
+    ]
+
+
+def test_what_has_no_samples_or_no_positions(tmp_path):
+    np.savez(tmp_path / "none.npz", a=A[:0], labels=LABELS[:0])
+    assert problems(tmp_path / "none.npz") == [f"{tmp_path / 'none.npz'} has no sample that can be used"]
+    assert problems(tmp_path / "none.npz", need_label=False)
+    for shape in ((8, 0, 2), (8, 2, 0), (8, 0)):
+        np.savez(tmp_path / "all.npz", a=A, b=np.zeros(shape, dtype=np.float32), labels=LABELS)
+        (problem,) = problems(tmp_path / "all.npz")
+        assert problem.startswith(f"modality b: holds float32 {shape}, expected numbers (N, D) or sequences (N, T, D)")
+
+
 def test_a_large_file_is_not_copied(tmp_path):
     large = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.float16, (400, 64, 1000))
     large[:] = 1

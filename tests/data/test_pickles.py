@@ -5,6 +5,9 @@ import builtins
 import copyreg
 import os
 import pickle
+import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ ARRAYS = {
     "bool": np.array([True, False]),
     "S": np.array([[b"video", b"1.5"]]),
     "U": np.array(["a", "日本"]),
+    "big endian words": np.array(["a", "日\U0010ffff"], dtype=">U2"),
     "no row": np.zeros((0, 3), dtype=np.float32),
     "no dimension": np.array(2.5),
     "no letter": np.array([""]),
@@ -159,6 +163,10 @@ def dtype(name, state=b""):
     return DTYPE + short(name) + b"\x89\x88\x87R" + state
 
 
+def type_state(order, size):
+    return b"(K\x03" + short(order) + b"NNN" + b"K" + bytes([size]) + b"K\x04K\x00tb"
+
+
 def state(shape, kind, data):
     return b"(K\x01" + shape + kind + b"\x89" + data + b"tb"
 
@@ -178,7 +186,6 @@ def state(shape, kind, data):
         (named("builtins", "set") + b"K\x05\x85R", "a call of set"),
         (named("builtins", "set") + b"}" + short("_function") + b"N" + b"sb", "a change of a function"),
         (named("builtins", "set"), "a function or a class in the place of a value"),
-        (b"}" + named("builtins", "set") + b"Ns", "a function or a class in the place of a value"),
         (NDARRAY, "a function or a class in the place of a value"),
         (dtype("f8"), "a function or a class in the place of a value"),
         (dtype("O8") + b"0" + named("numpy.core.multiarray", "scalar") + dtype("O8") + b"]\x86R", "of type object"),
@@ -240,8 +247,21 @@ def test_an_extension_code_does_not_reach_what_is_registered(tmp_path):
         (EMPTY + state(b"K\x02\x85", dtype("O8"), b"]K\x01a"), "an array of 2 objects, and not as many"),
         (EMPTY + 2 * state(b"K\x01\x85", dtype("f8"), b"C\x0812345678"), "restored twice"),
         (FROM_BUFFER + b"(C\x0812345678" + dtype("f8") + b"K\x02\x85" + short("C") + b"tR", "2 x 8 bytes"),
-        (named("builtins", "set") + b"]]a\x85R", "unhashable"),
-        (named("builtins", "set") + b"]" + EMPTY + b"a\x85R", "unhashable"),
+        (named("builtins", "set") + b"]]a\x85R", "list is a key of a dictionary or in a set, expected a word"),
+        (named("builtins", "set") + b"]" + EMPTY + b"a\x85R", "array is a key of a dictionary or in a set"),
+        (b"}" + named("builtins", "set") + b"Ns", "function is a key of a dictionary or in a set"),
+        (b"}(K\x01NG" + bytes(8) + b"Nu", "float is a key of a dictionary or in a set"),
+        (b"}" + b"()" + b"Nu", "tuple is a key of a dictionary or in a set"),
+        (b"(K\x01N)Nd", "tuple is a key of a dictionary or in a set"),
+        (b"\x8f(K\x01)\x90", "tuple is a key of a dictionary or in a set"),
+        (b"(K\x01)\x91", "tuple is a key of a dictionary or in a set"),
+        (EMPTY + state(b"K\x01\x85", dtype("U1"), b"C\x04" + struct.pack("=I", 0x110000)), "does not exist"),
+        (
+            EMPTY + state(b"K\x02\x85", dtype("U", type_state(">", 4)), b"C\x08\0\0\0a\0\x11\0\0"),
+            "a character that does not exist",
+        ),
+        (EMPTY + state(b"(" + 65 * b"K\x01" + b"t", dtype("f8"), b"C\x0812345678"), "an array without a shape"),
+        (EMPTY + state(b"\x8a\x09" + bytes(8) + b"\x01\x85", dtype("S0"), b"C\x00"), "an array without a shape"),
         (b"K\x05)R", "not callable"),
         (EMPTY + b")R", "not callable"),
         (NDARRAY + b")R", "not callable"),
@@ -297,3 +317,69 @@ def test_a_few_bytes_cannot_stand_for_endless_tuples(tmp_path):
         assert found[0] is found[1]
         found = found[0]
     assert found == ()
+
+
+#: tuples in tuples, deeper than Python compares, and as many as 2**200
+DEEP, MANY = b")" + b"\x85" * 300_000, b")" + b"2\x86" * 200
+NO_KEY = "tuple is a key of a dictionary or in a set, expected a word or a whole number"
+#: a few bytes that would take all memory, all time or end Python, and what is said of them
+BOMBS = {
+    "key": (b"}" + DEEP + b"Ns", NO_KEY),
+    "member": (b"\x8f(" + MANY + b"\x90", NO_KEY),
+    "frozen": (b"(" + MANY + b"\x91", NO_KEY),
+    "called": (named("builtins", "set") + b"](" + MANY + b"e\x85R", NO_KEY),
+    "keys": (b"}(" + MANY + b"Nu", NO_KEY),
+    "dictionary": (b"(" + MANY + b"Nd", NO_KEY),
+    "type": (DTYPE + MANY + b"\x85R", "a NumPy array of type tuple"),
+    "bytearray8": (b"\x96" + struct.pack("<Q", 2**36), "ends too early"),
+    "binbytes8": (b"\x8e" + struct.pack("<Q", 2**36), "ends too early"),
+    "binunicode8": (b"\x8d" + struct.pack("<Q", 2**36), "ends too early"),
+    "binstring": (b"T" + struct.pack("<i", 2**31 - 1), "ends too early"),
+    "long4": (b"\x8b" + struct.pack("<i", 2**31 - 1), "ends too early"),
+    "frame": (b"\x95" + struct.pack("<Q", 2**36), "ends too early"),
+    "bytes": (EMPTY + state(b"\x8a\x05\0\0\0\0\x10\x85", dtype("S0"), b"C\0"), "of 68719476736 empty words"),
+    "text": (FROM_BUFFER + b"(C\0" + dtype("U") + b"M\0\x10M\0\x10\x86" + short("C") + b"tR", "16777216 empty words"),
+}
+
+# in a process of its own, with 256 MiB more than it has: a bomb must not take the test's, or the machine, down
+READ = """
+import resource, sys, types
+import numpy as np
+
+package = types.ModuleType("monai_cggm.data")  # without the rest of it, which takes seconds to import
+package.__path__ = [sys.argv[1]]
+sys.modules["monai_cggm.data"] = package
+from monai_cggm.data.pickles import read_pickle
+from monai_cggm.errors import DataError
+
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, taken + 2**28))
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+for path in sys.argv[2:]:
+    try:
+        read_pickle(path)
+    except DataError as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process as Linux does")
+def test_a_few_bytes_take_no_memory_and_no_time(tmp_path, repository):
+    paths = []
+    for name, (content, message) in BOMBS.items():
+        paths.append(written(tmp_path, b"\x80\x05" + content + (b"" if "early" in message else b"."), f"{name}.pkl"))
+    reader = [sys.executable, "-c", READ, str(repository / "monai_cggm" / "data"), *map(str, paths)]
+    done = subprocess.run(reader, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    for path, line, (_, message) in zip(paths, done.stdout.splitlines(), BOMBS.values(), strict=False):
+        assert line.startswith(f"{path.stem}: ")
+        assert message in line
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(BOMBS)
+
+
+def test_empty_words_and_arrays_without_rows(tmp_path):
+    content = EMPTY + state(b"M\xe8\x03\x85", dtype("S0"), b"C\0")
+    found = read_pickle(written(tmp_path, b"\x80\x04" + content + b"."))
+    assert found.tolist() == [b""] * 1000
+    nothing = read_pickle(written(tmp_path, pickle.dumps(np.zeros((3, 0, 2), dtype=np.float16))))
+    assert (nothing.shape, nothing.dtype) == ((3, 0, 2), np.float16)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from monai_cggm.data.features import FeatureDataset, load_features, modalities_in, split_features
-from monai_cggm.data.splits import split_cases
+from monai_cggm.data.splits import split_cases, write_split
 from monai_cggm.errors import DataError
 
 SIZES = {"train": 6, "valid": 2, "test": 3}
 DIMENSIONS = {"text": 4, "audio": 3, "vision": 2}
+#: positions with padding, as in files that are not aligned
+LONGEST = {"text": 7, "audio": 8, "vision": 9}
 PARTS = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -33,16 +35,27 @@ def padded(rows, longest, front):
     return out
 
 
-def mult(rng, truth, sizes=SIZES):
+def mult(rng, truth, sizes=SIZES, longest=LONGEST):
     """As MulT publishes CMU-MOSI: padded in front, float64, labels (N, 1, 1), three columns of bytes that identify."""
     content, number = {}, 0
     for part, n in sizes.items():
-        content[part] = {name: padded(truth[part][name], 7, front=True) for name in ("vision", "audio", "text")}
+        content[part] = {
+            name: padded(truth[part][name], longest[name], front=True) for name in ("vision", "audio", "text")
+        }
         content[part]["labels"] = rng.normal(size=(n, 1, 1))
         rows = [(f"-a_{part}_{(number + i) // 2}_{i % 2 + 1}", "0.5", "9.25") for i in range(n)]
         content[part]["id"] = np.array(rows, dtype="S")
         number += n
     return content
+
+
+def aligned(*rows):
+    """Rows of one number a position, ``(N, T, 1)``."""
+    return np.array(rows, dtype=np.float32)[..., None]
+
+
+def kept(samples, name):
+    return [s[name][:, 0].tolist() for s in samples]
 
 
 def written(tmp_path, content, name="data.pkl", protocol=4):
@@ -104,7 +117,7 @@ def test_sequences_of_mmsa(rng, tmp_path, caplog):
     for part, entry in content.items():
         n = SIZES[part]
         for name in DIMENSIONS:
-            entry[name] = padded(truth[part][name], 7, front=False).astype(np.float32)
+            entry[name] = padded(truth[part][name], LONGEST[name], front=False).astype(np.float32)
         entry |= {
             "regression_labels": entry.pop("labels").ravel().astype(np.float32),
             "classification_labels": np.zeros(n),
@@ -139,23 +152,106 @@ def test_sequences_of_mmsa(rng, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_infinite_values_become_zero_and_are_counted(writable, rng, tmp_path, caplog):
+def test_infinite_values_of_audio_become_zero_and_are_counted(writable, rng, tmp_path, caplog):
     truth = sequences(rng)
-    for row, value in ((1, -np.inf), (3, np.nan), (4, np.inf)):
+    for row, value in ((1, -np.inf), (4, np.inf)):
         truth["train"]["audio"][row][0, 1:] = value
+    truth["test"]["audio"][0][0, 0] = -np.inf
     content = mult(rng, truth)
+    content["valid"]["audio"][1, -1, 0] = 1e300  # infinite in float32
     for entry in content.values():
         if not writable:
-            entry["audio"] = entry["audio"].astype(np.float32)  # comes out of the pickle as it lies
+            with np.errstate(over="ignore"):
+                entry["audio"] = entry["audio"].astype(np.float32)  # comes out of the pickle as it lies
+    path = written(tmp_path, content)
     with caplog.at_level(logging.WARNING):
-        samples = load_features(written(tmp_path, content), task="regression")
-    assert "data.pkl: audio: 6 values that are infinite or NaN became 0, in 3 rows" in caplog.text
-    for row in (1, 3, 4):
+        samples = load_features(path, task="regression")
+    assert "data.pkl: audio: 6 infinite values became 0, in 4 rows" in caplog.text
+    for row in (1, 4):
         truth["train"]["audio"][row][0, 1:] = 0
+    truth["test"]["audio"][0][0, 0] = truth["valid"]["audio"][1][-1, 0] = 0
     same_sequences(samples, truth)
     np.savez(tmp_path / "own.npz", audio=content["train"]["audio"], labels=np.arange(6))
     (problem,) = problems(tmp_path / "own.npz")
-    assert "3 rows with NaN, infinite or no values" in problem
+    assert "2 rows with NaN, infinite or no values" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("audio", np.nan), ("text", np.nan), ("text", -np.inf), ("vision", np.inf), ("text", 1e300)],
+)
+def test_other_values_that_are_no_numbers_are_refused(name, value, rng, tmp_path, caplog):
+    content = mult(rng, sequences(rng))
+    content["test"]["audio"][0, -1, 0] = -np.inf
+    content["test"][name][1, -1, 0] = value
+    path = written(tmp_path, content)
+    for allow_missing in (False, True):
+        (problem,) = problems(path, task="regression", allow_missing=allow_missing)
+        assert "data.pkl: audio: 1 infinite values became 0, in 1 rows" in caplog.text
+        where = f"row 10 (-a_test_4_2) in the test part ({path}, {name})"
+        assert problem == f"modality {name}: 1 rows with NaN, infinite or no values, the first is {where}"
+
+
+def test_a_row_of_nan_is_a_missing_modality_where_that_is_allowed(rng, tmp_path):
+    content = mult(rng, sequences(rng))
+    complete = load_features(written(tmp_path, content), task="regression")
+    content["valid"]["audio"][1] = np.nan
+    path = written(tmp_path, content)
+    (problem,) = problems(path, task="regression")
+    assert "the first is row 8 (-a_valid_3_2) in the validation part; a row that is NaN throughout counts" in problem
+    samples = load_features(path, task="regression", allow_missing=True)
+    assert ["audio" in s for s in samples] == [i != 7 for i in range(11)]
+    for name in ("text", "vision"):
+        np.testing.assert_array_equal(samples[7][name], complete[7][name])
+
+
+def test_a_modality_that_is_missing_keeps_no_padding_of_others(tmp_path):
+    content = {"text": aligned([0, 0, 1, 0], [0, 1, 0, 0]), "audio": aligned([np.nan] * 4, [0, 0, 2, 3])}
+    path = written(tmp_path, {"train": {**content, "labels": np.arange(2.0)}})
+    samples = load_features(path, task="regression", allow_missing=True)
+    assert ["audio" in s for s in samples] == [False, True]
+    assert kept(samples, "text") == [[1], [1, 0, 0]]
+
+
+def test_words_of_an_aligned_file_stay_side_by_side(tmp_path):
+    """Of a word one modality may be zero, at either end; it goes where all of them are."""
+    content = {
+        "text": aligned([0, 0, 1, 2, 3, 4], [1, 2, 3, 0, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]),
+        "audio": aligned([0, 0, 0, 2, 3, 0], [0, 2, 0, 0, 0, 0], [0] * 6, [0] * 6),
+        "vision": aligned([0, 9, 1, 0, 0, 0], [0, 2, 3, 4, 0, 0], [0] * 6, [0] * 6),
+        "labels": np.arange(4.0),
+    }
+    samples = load_features(written(tmp_path, {"train": content}), task="regression")
+    assert kept(samples, "text") == [[0, 1, 2, 3, 4], [1, 2, 3, 0], [0], [1]]
+    assert kept(samples, "audio") == [[0, 0, 2, 3, 0], [0, 2, 0, 0], [0], [0]]
+    assert kept(samples, "vision") == [[9, 1, 0, 0, 0], [0, 2, 3, 4], [0], [0]]
+    # with another number of positions, a position is no word, and each modality has its own
+    content["vision"] = content["vision"][:, :5]
+    samples = load_features(written(tmp_path, {"train": content}), task="regression")
+    assert kept(samples, "text")[0] == [1, 2, 3, 4]
+    assert kept(samples, "audio")[0] == [2, 3]
+    assert kept(samples, "vision")[0] == [9, 1]
+
+
+def test_lengths_that_are_given_keep_words_side_by_side(tmp_path):
+    content = {
+        "text": aligned([0, 1, 2, 0], [0, 1, 0, 0]),
+        "audio": aligned([5, 6, 0, 0], [5, 6, 7, 8]),
+        "audio_lengths": [2, 3],
+        "labels": np.arange(2.0),
+    }
+    samples = load_features(written(tmp_path, {"train": content}), task="regression")
+    assert kept(samples, "text") == [[0, 1, 2], [0, 1, 0]]
+    assert kept(samples, "audio") == [[5, 6], [5, 6, 7]]
+    content["audio_lengths"] = [2, 5]
+    (problem,) = problems(written(tmp_path, {"train": content}), task="regression")
+    assert problem.startswith("modality audio: length 5 in row 2, expected 0 to 4")
+
+
+def test_a_position_that_is_infinite_throughout_is_no_padding(tmp_path):
+    content = {"audio": aligned([0, -np.inf, 1, 0], [0, 1, -np.inf, 0]), "labels": np.arange(2.0)}
+    samples = load_features(written(tmp_path, {"train": content}), task="regression")
+    assert kept(samples, "audio") == [[0, 1], [1, 0]]
 
 
 def test_padding_ends_at_the_first_and_last_value(tmp_path):
@@ -247,7 +343,7 @@ def test_emotions_whose_yes_and_no_do_not_fit_are_refused(spoil, expected, rng, 
 def test_sentiment_is_no_class(rng, tmp_path):
     path = written(tmp_path, mult(rng, sequences(rng)))
     (problem,) = problems(path)
-    assert "labels: row 1 (-a_train_0_1) is '" in problem
+    assert "labels: row 1 (-a_train_0_1) in the train part is '" in problem
     assert "other numbers need --task regression" in problem
 
 
@@ -279,17 +375,71 @@ def test_ids_in_their_forms(given, cases, groups, tmp_path):
     assert [s["patient"] for s in samples] == groups
 
 
+def with_videos(content, videos):
+    """IDs ``video[number]`` in the place of the file's own."""
+    for part, entry in content.items():
+        entry["id"] = [f"{video}[{part}{i}]" for i, video in enumerate(videos[part])]
+    return content
+
+
+def videos_of(split):
+    return {part: {s["patient"] for s in items} for part, items in split.items()}
+
+
 def test_a_split_of_its_own_that_parts_a_video(rng, tmp_path, caplog):
-    content = mult(rng, sequences(rng))
-    for number, entry in enumerate(content.values()):
-        entry["id"] = [f"v{number}[{i}]" for i in range(len(entry["id"]))]
-    content["test"]["id"][0] = "v0[9]"
+    names = {"train": ["v0", "v0", "v1", "v1", "v2", "v2"], "valid": ["v3", "v3"], "test": ["v0", "v4", "v4"]}
+    path = written(tmp_path, with_videos(mult(rng, sequences(rng)), names))
     with caplog.at_level(logging.WARNING):
-        samples = load_features(written(tmp_path, content), task="regression")
-    assert "its own split parts 1 of 3 videos or dialogues, such as v0" in caplog.text
-    assert [s["patient"] for s in samples] == ["v0 (train)"] * 6 + ["v1"] * 2 + ["v0 (test)"] + ["v2"] * 2
+        samples = load_features(path, task="regression")
+    assert "its own split parts 1 of 5 videos or dialogues, such as v0" in caplog.text
+    assert [s["patient"] for s in samples] == [video for part in names.values() for video in part]
+    assert [s["case"] for s in samples if "parted" in s] == ["v0[train0]", "v0[train1]", "v0[test0]"]
     split = split_features(samples)
+    assert videos_of(split) == {"train": {"v0", "v1", "v2"}, "validation": {"v3"}, "test": {"v0", "v4"}}
     assert [len(split[part]) for part in PARTS.values()] == [6, 2, 3]
+
+    # the same split out of a file, of samples as they come and of a plain list of them
+    write_split(split, tmp_path / "own.json", seed=0)
+    for again in (
+        split_features(samples, split_file=tmp_path / "own.json"),
+        split_cases(list(samples), split_file=tmp_path / "own.json"),
+    ):
+        assert again == split
+
+    # one that parts the video in another way is none of the file's
+    moved = {**split, "train": split["train"][1:], "validation": [split["train"][0], *split["validation"]]}
+    write_split(moved, tmp_path / "moved.json", seed=0)
+    with pytest.raises(DataError, match="patient v0 is in both"):
+        split_features(samples, split_file=tmp_path / "moved.json")
+
+    for seed in range(20):
+        drawn = videos_of(split_features(samples, source="draw", fractions=(0.4, 0.3, 0.3), seed=seed))
+        assert sum(map(len, drawn.values())) == 5
+
+
+def test_a_validation_part_that_is_drawn_shares_no_video(rng, tmp_path):
+    sizes = {"train": 12, "test": 4}
+    names = {"train": [f"v{i // 2}" for i in range(12)], "test": ["v0", "v1", "v2", "v9"]}
+    path = written(tmp_path, with_videos(mult(rng, sequences(rng, sizes), sizes), names))
+    samples = load_features(path, task="regression")
+    seen = set()
+    for seed in range(20):
+        split = split_features(samples, seed=seed, fractions=(0.5, 0.25, 0.25))
+        videos = videos_of(split)
+        assert not videos["validation"] & (videos["train"] | videos["test"])
+        assert videos["train"] & videos["test"] == {"v0", "v1", "v2"}  # as the file has it
+        assert [s["case"] for s in split["test"]] == [f"{v}[test{i}]" for i, v in enumerate(names["test"])]
+        assert sum(map(len, split.values())) == 16
+        seen |= videos["validation"]
+    assert seen == {"v3", "v4", "v5"}
+
+
+def test_a_validation_part_cannot_be_drawn_where_every_video_is_tested(rng, tmp_path):
+    sizes = {"train": 6, "test": 3}
+    names = {"train": ["v0", "v1", "v2"] * 2, "test": ["v0", "v1", "v2"]}
+    path = written(tmp_path, with_videos(mult(rng, sequences(rng, sizes), sizes), names))
+    with pytest.raises(DataError, match="every group of the training part is in the test part, too"):
+        split_features(load_features(path, task="regression"))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +451,28 @@ def test_a_split_of_its_own_that_parts_a_video(rng, tmp_path, caplog):
             lambda c: c["test"].update(audio=[1, 2, 3]),
             "audio: is list of 3 in the test part, expected an array of numbers",
         ),
-        (lambda c: c["test"].update(labels=1.0), "labels: no rows in the test part, expected 3"),
+        (lambda c: c["train"].pop("audio"), "audio: is not in the train part"),
+        (lambda c: c["train"].pop("labels"), "labels: is not in the train part"),
+        (lambda c: c["train"].pop("id"), "id: is not in the train part"),
+        (lambda c: c["valid"].pop("id"), "id: is not in the validation part"),
+        (lambda c: c["valid"].update(id=None), "id: is not in the validation part"),
+        (lambda c: c["valid"].update(id=5), "id: is int in the validation part, expected a list or an array with"),
+        (lambda c: c["valid"].update(id=np.array(5)), "id: is int64 () in the validation part, expected a list or an"),
+        (lambda c: c["valid"].update(id="ab"), "id: is str in the validation part, expected a list or an array with"),
+        (lambda c: c["valid"].update(id=[["a"], []]), "id: row 2 of the validation part has no ID"),
+        (lambda c: c["test"].update(labels=1.0), "labels: is float in the test part, expected a list or an array"),
+        (
+            lambda c: [e.update(text=e["text"][:, :0]) for e in c.values()],
+            "text: a row is (0, 4) in the train part, expected some numbers",
+        ),
+        (
+            lambda c: c["valid"].update({key: value[:0] for key, value in c["valid"].items()}),
+            "the validation part is empty, expected samples in it",
+        ),
+        (
+            lambda c: c["train"].update(audio_lengths=[1] * 7),
+            "audio_lengths of the train part: hold list of 7, expected 6 whole numbers",
+        ),
         (lambda c: c["test"].update(audio=c["test"]["audio"][1:]), "audio: 2 rows in the test part, expected 3"),
         (
             lambda c: c["test"].update(text=c["test"]["text"][..., 1:]),
@@ -314,7 +485,7 @@ def test_a_split_of_its_own_that_parts_a_video(rng, tmp_path, caplog):
         ),
         (
             lambda c: c["valid"].update(id=c["valid"]["id"][:1]),
-            "id: 1 rows in the validation part, expected 2 with an ID",
+            "id: 1 rows in the validation part, expected 2",
         ),
         (
             lambda c: c["train"].update(audio_lengths=["a"] * 6),
@@ -325,8 +496,8 @@ def test_a_split_of_its_own_that_parts_a_video(rng, tmp_path, caplog):
             "audio_lengths of the train part: hold list of 6, expected",
         ),
         (
-            lambda c: c["train"].update(audio_lengths=[8] + [1] * 5),
-            "modality audio: length 8 in row 1, expected 0 to 7",
+            lambda c: c["train"].update(audio_lengths=[9] + [1] * 5),
+            "modality audio: length 9 in row 1, expected 0 to 8",
         ),
         (
             lambda c: [e.pop(n) for e in c.values() for n in DIMENSIONS],
@@ -337,7 +508,7 @@ def test_a_split_of_its_own_that_parts_a_video(rng, tmp_path, caplog):
 def test_parts_that_do_not_fit_together(change, expected, rng, tmp_path):
     content = mult(rng, sequences(rng))
     change(content)
-    (problem,) = problems(written(tmp_path, content), task="regression")
+    problem = problems(written(tmp_path, content), task="regression")[0]
     assert problem.startswith(expected)
 
 
@@ -408,7 +579,7 @@ def test_dialogues_of_iemocap(protocol, rng, tmp_path, caplog):
     assert samples.skipped == dict.fromkeys(("b_F002", "t_F000"), "frustrated is none of the four classes")
     assert "excited counts as happy, frustrated is left out" in caplog.text
     assert "2 samples left out (frustrated is none of the four classes: 2)" in caplog.text
-    assert "audio: 1 values that are infinite or NaN became 0, in 1 rows" in caplog.text
+    assert "audio: 1 infinite values became 0, in 1 rows" in caplog.text
     np.testing.assert_array_equal(samples[4]["vision"], content[5]["b"][3].astype(np.float32))
     np.testing.assert_array_equal(samples[7]["text"], content[3]["t"][1].astype(np.float32))
     assert samples[0]["audio"][1] == 0
@@ -426,6 +597,8 @@ def test_dialogues_of_iemocap(protocol, rng, tmp_path, caplog):
         (lambda c: c[3]["b"].pop(), "dialogue b: has 4 IDs, 4 labels, 3 text, 4 audio, 4 visual features"),
         (lambda c: c[5].pop("t"), "dialogue t: has 2 IDs, 2 labels, 2 text, 2 audio, no visual features"),
         (lambda c: c[8].append("a"), "dialogue a: is in both train and test"),
+        (lambda c: c.__setitem__(8, []), "the test part is empty, expected samples in it"),
+        (lambda c: (c[7].clear(), c[8].clear()), "the train part is empty, expected samples in it"),
         (lambda c: c[2]["a"].__setitem__(1, 6), "utterance a_F001: its label is 6, expected 0 to 5"),
         (lambda c: c[2]["a"].__setitem__(1, [0.5, 1]), "utterance a_F001: its label is [0.5, 1], expected 0 to 5"),
         (
@@ -439,8 +612,27 @@ def test_dialogues_of_iemocap(protocol, rng, tmp_path, caplog):
 def test_dialogues_that_do_not_fit_together(change, expected, rng, tmp_path):
     content = dialogues(rng)
     change(content)
-    (problem,) = problems(written(tmp_path, tuple(content)))
+    problem = problems(written(tmp_path, tuple(content)))[0]
     assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"), [(3, "text", -np.inf), (4, "audio", np.nan), (5, "vision", np.inf)]
+)
+def test_dialogues_with_values_that_are_no_numbers(place, name, value, rng, tmp_path):
+    content = dialogues(rng)
+    content[place]["b"][3][0] = value
+    path = written(tmp_path, tuple(content))
+    (problem,) = problems(path)
+    where = f"row 6 (b_F003) in the train part ({path}, {name})"  # as it lies in the file, with those that are skipped
+    assert problem == f"modality {name}: 1 rows with NaN, infinite or no values, the first is {where}"
+
+
+def test_dialogues_of_which_none_can_be_used(rng, tmp_path):
+    content = dialogues(rng)
+    content[2] = {dialogue: [5] * len(labels) for dialogue, labels in content[2].items()}
+    (problem,) = problems(written(tmp_path, tuple(content)))
+    assert "has no sample that can be used" in problem
 
 
 # ---------------------------------------------------------------------- CMU-MOSI's folder of utterances
@@ -507,6 +699,10 @@ def set_cell(name, row, column, value):
         (set_cell("data_text_train", 0, 0, 0.5), "row 1 points to transcript 0.5, expected 0 to 11"),
         (set_cell("data_text_test", 2, 0, 11), "utterance v_3_2: is in two rows"),
         (set_cell("data_video_video_test0", 1, 0, "x"), "data_video_video_test0: cannot be read: could not convert"),
+        (
+            lambda f: [f[name].clear() for name in f if name.endswith(("test", "test0"))],
+            "the test part is empty, expected samples in it",
+        ),
         (set_cell("data_transcripts", 4, 0, "video"), "row 5 has no ID VIDEO_UTTERANCE"),
         (
             lambda f: f["data_video_video_test0"].pop(),
@@ -514,6 +710,7 @@ def set_cell(name, row, column, value):
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:loadtxt")
 def test_files_of_mosi_that_disagree(change, expected, rng, tmp_path):
     mosi(tmp_path / "mosi", rng, change)
     (problem,) = problems(tmp_path / "mosi")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from monai_cggm.data.layouts import patient_of
-from monai_cggm.data.splits import PARTS, fold_splits, part_of, split_cases, write_split
+from monai_cggm.data.splits import PARTS, check_patients, fold_splits, part_of, split_cases, write_split
 from monai_cggm.errors import DataError
 
 Items = list[dict[str, Any]]
@@ -248,3 +248,32 @@ def test_a_part_is_taken_by_name():
         part_of(split, "tests")
     with pytest.raises(DataError, match="the split has no case for test"):
         part_of(split, "test")
+
+
+def own(case: str, part: str) -> dict[str, Any]:
+    """A case of one patient, whom the data's own split parts."""
+    return {"case": case, "patient": "p", "part": part, "parted": True}
+
+
+def test_a_patient_may_be_where_the_data_have_it() -> None:
+    train, other, test = own("a", "train"), own("b", "train"), own("c", "test")
+    check_patients({"train": [train, other], "validation": [], "test": [test]})
+    check_patients({"train": [train, other, test], "validation": [], "test": []})  # all together is fine, too
+    for split in (
+        {"train": [train], "validation": [other], "test": [test]},
+        {"train": [train], "validation": [other], "test": []},
+        {"train": [], "validation": [train, other], "test": [test]},
+        {"train": [test], "validation": [], "test": [train, other]},
+        {"train": [train], "validation": [], "test": [other, test]},
+        {"train": [{**train, "parted": False}], "validation": [], "test": [test]},
+        {"train": [{k: v for k, v in train.items() if k != "parted"}], "validation": [], "test": [test]},
+    ):
+        with pytest.raises(DataError, match="patient p is in both"):
+            check_patients(split)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_draw_keeps_a_patient_together_whom_the_data_part(seed: int) -> None:
+    cases = [*(own(str(i), "train" if i < 3 else "test") for i in range(5)), *singles(30)]
+    split = split_cases(cases, seed=seed)
+    assert sum(any(item.get("patient") == "p" for item in items) for items in split.values()) == 1
