@@ -318,9 +318,11 @@ def report(
 @_reports_errors
 def compare(
     study: Annotated[str, typer.Argument(help="Study file (.yaml), or the name of one that comes with the package.")],
-    data: Annotated[Path, typer.Option(help="Folder of cases, or a datalist .json.")],
     out: Annotated[Path, typer.Option(help="Folder of the comparison; what is finished in it is kept.")],
-    arms: Annotated[str | None, typer.Option(help="Only these arms, and the reference, with commas.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of cases, or a datalist .json.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Only these arms, with commas, their controls, and the reference.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Other seeds than the study's, with commas.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another budget, such as epochs=300.")
@@ -338,7 +340,7 @@ def compare(
     Examples:
       monai-cggm compare small --data demo_data --out comparison
       monai-cggm compare small --data brats_2mm --out comparison --arms joint,recipe --seeds 0,1,2 --set epochs=300
-      monai-cggm compare my_study.yaml --data brats_2mm --out comparison --report-only
+      monai-cggm compare my_study.yaml --out comparison --report-only
     """  # noqa: D301
     import yaml
 
@@ -353,6 +355,8 @@ def compare(
     )
     failed = 0
     if not report_only:
+        if data is None:
+            raise ValueError("--data is missing: the folder of cases to train on")
         with CellProgress(plan, out, _console(stderr=True)) as progress:
             facts = run_study(plan, data, out, jobs=jobs, threads=threads, watch=progress)
         failed = sum(fact["status"] != "done" for fact in facts)

@@ -338,13 +338,10 @@ def _seed_notes(rows: Sequence[Any]) -> list[str]:
     left_out = [row for row in rows if not (row.seeds_resampled or row.splits_resampled)]
     if any(row.splits_resampled for row in rows):
         notes.append(
-            "With one seed for each split, whole splits are resampled: the chance of training is in the differences "
-            "between them."
+            "With one seed in a split, whole splits are resampled: the chance of training is in their differences."
         )
-    if left_out and max(row.most_seeds for row in left_out) == 1:
+    if left_out:
         notes.append("With one seed, the intervals leave the chance of training out.")
-    elif left_out:
-        notes.append("Where a split has one seed in common, the interval leaves the chance of training there out.")
     if min(row.most_seeds for row in rows) < _ENOUGH_SEEDS:
         notes.append("Few seeds: the interval may be too narrow.")
     return notes

@@ -260,9 +260,9 @@ def _differences_section(comparison: Comparison, study: Mapping[str, Any]) -> Se
         "trained networks as given, so that it can be small where an interval that resamples seeds spans zero.",
     ]
     if differences["splits_resampled"].any():
-        notes.append("Where every split has one seed in common, whole splits are resampled, and not their cases.")
+        notes.append("Where one of several splits has one seed in common, whole splits are resampled.")
     if not (differences["seeds_resampled"] | differences["splits_resampled"]).all():
-        notes.append("Where a split has one seed in common, the interval leaves the chance of training there out.")
+        notes.append("Where the only split has one seed in common, the interval leaves the chance of training out.")
     tables = [
         _differences_table(differences[differences["score"] == score], f"Difference on: {label}.", measure)
         for score, label in score_labels(study).items()
@@ -345,8 +345,9 @@ def _reading_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
         "Intervals: 95 % intervals of 10,000 bootstrap draws, in which the cases of each split and, independently, its "
         "seeds are drawn with replacement (Owen 2007, the pigeonhole bootstrap), widened for few cases and few seeds "
         "by the quantiles of Student's t. With two seeds they are wide: two trainings say little about chance. They "
-        "speak of these splits, not of other hospitals. With one seed for each of several splits, whole splits are "
-        "drawn instead; folds share training cases, so that such an interval may still be too narrow.",
+        "speak of these splits, not of other hospitals. Where one of several splits has one seed, whole splits are "
+        "drawn instead, or their cases where that interval is wider; folds share training cases, so that it may still "
+        "be too narrow.",
         "Outcomes: better or worse where the interval lies on one side of zero. No difference shown does not mean that "
         "there is none.",
         "Worst subset: each arm's own, the one with its worst mean; differences subtract each arm's worst.",

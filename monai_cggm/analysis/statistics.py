@@ -52,7 +52,7 @@ class Interval:
         seeds: different seeds.
         most_seeds: the most seeds that one split has.
         seeds_resampled: whether every split had at least two seeds, so that the interval holds the chance of training.
-        splits_resampled: whether whole splits were resampled, because each of them has one seed: then the chance of
+        splits_resampled: whether whole splits were resampled, because some of them have one seed: then the chance of
             training is in the differences between them. Where neither is True, the interval is about the cases alone.
     """
 
@@ -125,17 +125,17 @@ def paired_bootstrap(differences: pd.DataFrame, *, draws: int = 10_000, seed: in
       each multiplied by the root of k/(k - 1).
     - A spread that rests on k things is itself uncertain: the interval is stretched about its mean by t/1.96, as in
       T. C. Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69 (2015) 371-386. t
-      is the 97.5 % quantile with k - 1 degrees of freedom, averaged over cases and seeds with their variances as
-      weights (W. G. Cochran and G. M. Cox, "Experimental designs", 1957).
+      is the 97.5 % quantile with k - 1 degrees of freedom, those of all splits together, averaged over cases and seeds
+      with their variances as weights (W. G. Cochran and G. M. Cox, "Experimental designs", 1957).
 
     Simulated without a true difference (2, 3, 5 seeds; 7, 11, 33 cases), the interval excludes zero in 1 to 7 % of
     comparisons; the bare percentiles do in 4 to 33 %. ``docs/explanation/comparison_statistics.md`` has the table.
 
-    With two splits or more and one seed for each (cross-validation), the chance of training is seen between the splits
-    only. Then whole splits are resampled in the same way, their cases with them: the splits' means are the
-    observations. Otherwise splits are not resampled, and the interval speaks of these splits. Where some splits have
-    one seed and others more, or the only split has one, nothing shows the chance of training there: only the cases are
-    resampled, and the result says so.
+    With two splits or more, of which some have one seed (cross-validation), the chance of training is seen between the
+    splits only. Then whole splits are resampled in the same way, their cases with them: the splits' means are the
+    observations. Few splits may agree by luck, so that the interval is never narrower than the one from their cases.
+    Otherwise splits are not resampled, and the interval speaks of these splits. Where the only split has one seed,
+    nothing shows the chance of training: only the cases are resampled, and the result says so.
 
     Args:
         differences: a row a case and seed, with ``case``, ``split``, ``seed`` and ``difference``; NaN is left out.
@@ -160,12 +160,15 @@ def paired_bootstrap(differences: pd.DataFrame, *, draws: int = 10_000, seed: in
         return Interval(math.nan, math.nan, math.nan, 0, 0, 0, False, False)
     tables = [_crossed(rows) for _, rows in differences.groupby("split", sort=True)]
     most_seeds = max(table.shape[1] for table in tables)
-    by_split = most_seeds == 1 and len(tables) > 1
+    by_split = len(tables) > 1 and min(table.shape[1] for table in tables) == 1
     means = np.array([np.nanmean(table) for table in tables])
-    resampled = [means[:, None]] if by_split else tables
-    low = high = math.nan
-    if min(len(table) for table in resampled) > 1:
-        low, high = _interval(resampled, _draws(tuple(table.shape for table in resampled), draws, seed))
+    ways = [[means[:, None]], [np.nanmean(table, axis=1)[:, None] for table in tables]] if by_split else [tables]
+    ends = [
+        _interval(way, _draws(tuple(table.shape for table in way), draws, seed))
+        for way in ways
+        if min(map(len, way)) > 1
+    ]
+    low, high = max(ends, key=lambda pair: pair[1] - pair[0], default=(math.nan, math.nan))
     return Interval(
         mean=float(means.mean()),
         low=low,
@@ -207,7 +210,7 @@ def _crossed(rows: pd.DataFrame) -> Array:
     return table
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _draws(shapes: tuple[tuple[int, int], ...], draws: int, seed: int) -> tuple[tuple[Counts, Counts], ...]:
     """How often each draw has each row and each column of tables of these shapes; comparisons of a study share them.
 
@@ -229,18 +232,21 @@ def _drawn(things: int, draws: int, generator: np.random.Generator) -> Counts:
 def _interval(tables: Sequence[Array], draws: Sequence[tuple[Counts, Counts]]) -> tuple[float, float]:
     """The ends of the interval for the mean of the tables' means; see :func:`paired_bootstrap`."""
     deviations = np.zeros(len(draws[0][0]))
-    variances, quantiles = [], []
+    # by rows (cases) and by columns (seeds): how much varies, and how many things of all tables show it
+    variances, freedom = np.zeros(2), np.zeros(2)
     for table, (rows, columns) in zip(tables, draws, strict=True):
         parts = _drawn_deviations(table, rows, columns)
-        for part, count in zip(parts, table.shape, strict=False):  # by rows, by columns; the rest is both
+        for axis, (part, count) in enumerate(zip(parts, table.shape, strict=False)):  # the third part is both
             if count > 1:
                 part *= math.sqrt(count / (count - 1))
-                variances.append(float(np.nanvar(part)))
-                quantiles.append(float(t.ppf(_UPPER, count - 1)))
+                variances[axis] += np.nanvar(part)
+                freedom[axis] += count - 1
         deviations += np.sum(parts, axis=0) / len(tables)
     mean = float(np.mean([np.nanmean(table) for table in tables]))
-    total = sum(variances)
-    stretch = float(np.dot(variances, quantiles)) / total / norm.ppf(_UPPER) if total > 0 else 1.0
+    seen = variances > 0
+    stretch = 1.0
+    if seen.any():
+        stretch = np.average(t.ppf(_UPPER, freedom[seen]), weights=variances[seen]) / norm.ppf(_UPPER)
     low, high = np.nanquantile(deviations, [1 - _UPPER, _UPPER]) * stretch
     return mean + float(low), mean + float(high)
 

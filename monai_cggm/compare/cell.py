@@ -34,13 +34,28 @@ _ERROR = re.compile(r"(error:|[\w.]*(Error|Exception|Interrupt)\b)")
 #: the folder in a run's own where networks lie that a method is given: methods look there (``teacher_runs``)
 _TEACHERS = "teachers"
 
+_AGAIN = "remove its folder to run the cell again"
 _PACKAGES = ("monai_cggm", "monai", "torch", "pytorch-ignite", "numpy")
 
 
 def facts_of(folder: Path) -> dict[str, Any] | None:
-    """Return what ``cell.json`` in a folder says, or None where there is none."""
+    """Return what ``cell.json`` in a folder says, or None where there is none.
+
+    Raises:
+        DataError: where it cannot be read.
+    """
     path = folder / "cell.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            [f"{path}: cannot be read as JSON ({error}); remove its folder to run the cell again"]
+        ) from error
+    if not isinstance(facts, dict) or "status" not in facts:
+        raise DataError([f"{path}: says nothing of a cell; remove its folder to run the cell again"])
+    return facts
 
 
 def plan_of(cell: Cell, study: Study) -> dict[str, Any]:

@@ -450,9 +450,10 @@ def _chosen(everything: Mapping[str, Arm], reference: str, wanted: Sequence[str]
     unknown = [name for name in wanted if name not in everything]
     if unknown:
         raise DataError([f"study {path} has no arm {name}; it has {', '.join(everything)}" for name in unknown])
-    needs = {need for name in (reference, *wanted) for need in everything[name].needs}
+    controls = {control for name in wanted for control in everything[name].controls.values()}
+    needs = {need for name in (reference, *wanted, *controls) for need in everything[name].needs}
     return {
         name: arm
         for name, arm in everything.items()
-        if name in (reference, *wanted, *needs) or (NEEDS_ALONE in needs and name.startswith(ALONE))
+        if name in (reference, *wanted, *controls, *needs) or (NEEDS_ALONE in needs and name.startswith(ALONE))
     }

@@ -508,13 +508,9 @@ FEW = " Few seeds: the interval may be too narrow."
         ({"seeds": 2}, FEW),
         ({"seeds": 1}, " With one seed, the intervals leave the chance of training out." + FEW),
         (
-            {"seeds": 3, "seeds_resampled": False},
-            " Where a split has one seed in common, the interval leaves the chance of training there out.",
-        ),
-        (
             {"seeds": 1, "splits_resampled": True},
-            " With one seed for each split, whole splits are resampled: the chance of training is in the differences "
-            "between them." + FEW,
+            " With one seed in a split, whole splits are resampled: the chance of training is in their "
+            "differences." + FEW,
         ),
     ],
 )

@@ -568,3 +568,14 @@ def test_a_comparison_that_is_told_to_end_takes_its_cells_with_it(study, tmp_pat
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert facts_of(tmp_path / "out/cells/joint/part-seed0") is None  # neither done nor failed: it goes on next time
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"arm": ', "cannot be read as JSON"), ("[1]", "says nothing of a cell")]
+)
+def test_a_cell_whose_facts_are_broken_is_named(study, tmp_path, text, message):
+    run(study, tmp_path, Bundle())
+    broken = next(tmp_path.glob("out/cells/recipe/*/cell.json"))
+    broken.write_text(text)
+    with pytest.raises(DataError, match=rf"recipe.*cell.json: {message}.*remove its folder to run the cell again"):
+        run(study, tmp_path, Bundle())

@@ -65,6 +65,18 @@ def test_arms_seeds_and_settings_from_the_command_line(tmp_path):
     assert study.described()["arms"]["recipe"]["controls"] == {"uniform": "joint"}
 
 
+def test_an_arm_brings_in_its_controls(tmp_path):
+    """Without them nothing could be said of it; theirs do not come along."""
+    arms = {
+        "joint": None,
+        "dropout": None,
+        "plain": {"controls": {"without": "dropout"}},
+        "recipe": {"controls": {"uniform": "plain"}},
+    }
+    assert list(read_study(written(tmp_path, arms=arms), arms=["recipe"]).arms) == ["joint", "plain", "recipe"]
+    assert list(read_study(written(tmp_path, arms=arms), arms=["plain"]).arms) == ["joint", "dropout", "plain"]
+
+
 def test_each_modality_alone_and_their_ensemble(tmp_path):
     study = read_study(written(tmp_path, alone=True, settings={"modalities": ["t1", "t2"]}))
     assert list(study.arms) == ["joint", "recipe", "plain", "alone_t1", "alone_t2"]
