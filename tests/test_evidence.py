@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers that the page of evidence shows are those of the committed tables."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: rows of the table of the cross-validation, in its order
+ARMS = (
+    "joint", "dropout", "recipe", "balance", "balance_shuffled", "ensemble", "joint_unclipped", "cggm_paper",
+    "cggm_clipped", "segresnet",
+)  # fmt: skip
+#: rows of the table of differences
+PAIRS = (
+    ("recipe", "joint"), ("dropout", "joint"), ("recipe", "dropout"), ("balance", "recipe"),
+    ("balance", "balance_shuffled"), ("cggm_clipped", "joint"), ("cggm_paper", "joint_unclipped"),
+)  # fmt: skip
+
+
+def section() -> str:
+    page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    return page.split("\n## Cross-validation: BraTS at 2 mm\n")[1].split("\n## ")[0]
+
+
+def rows_of(text: str, header: str) -> list[list[str]]:
+    lines = text[text.index(header) :].splitlines()
+    table = lines[2 : next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def table(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "docs/evidence/brats_2mm/tables" / f"{name}.csv")
+
+
+def test_scores_are_those_of_the_tables() -> None:
+    found = rows_of(section(), "| arm | full set |")
+    subsets = table("subsets").set_index("arm")
+    columns = ["flair+t1ce+t1+t2", "subsets", "missing_1", "missing_3", "with_key", "without_key"]
+    assert len(found) == len(ARMS)
+    for row, arm in zip(found, ARMS, strict=True):
+        assert row[1:] == [f"{value:.3f}" for value in subsets.loc[arm, columns]], arm
+
+
+def test_differences_are_those_of_the_tables() -> None:
+    found = rows_of(section(), "| difference | all subsets |")
+    differences = table("differences").set_index(["arm", "against", "score"])
+    assert len(found) == len(PAIRS)
+    for row, pair in zip(found, PAIRS, strict=True):
+        for cell, score in zip(row[1:], ("subsets", "full"), strict=True):
+            numbers = differences.loc[(*pair, score), ["difference", "low", "high"]]
+            shown = [
+                float(part) for part in cell.replace("−", "-").replace("[", "").strip("]").replace(",", "").split()
+            ]
+            assert shown == pytest.approx(list(numbers), abs=0.0501), (pair, score)
+
+
+def test_the_readme_shows_the_same() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = rows_of(readme, "| training | all subsets |")
+    subsets = table("subsets").set_index("arm")
+    for row, arm in zip(found, ("joint", "dropout", "recipe", "balance", "cggm_clipped"), strict=True):
+        expected = subsets.loc[arm, ["subsets", "without_key", "flair+t1ce+t1+t2"]]
+        assert row[1:] == [f"{value:.3f}" for value in expected], arm
