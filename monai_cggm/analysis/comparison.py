@@ -219,7 +219,7 @@ def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
     The scores are the mean over all subsets and that of the full set. An arm is better than another where the
     interval of their difference is above zero, worse where it is below, and otherwise no difference is shown. Balancing
     helps where the arm is better than the reference *and* than every control, and where its controls have all the
-    roles of :data:`BALANCE_CONTROLS`. Without one of these, something else than balancing may be what helped: the roles
+    roles of :data:`BALANCE_CONTROLS`. Without some of these, something else than balancing may be what helped: the roles
     that were not tested are named, and nothing is said of balancing.
 
     Args:
@@ -288,7 +288,8 @@ def arm_title(study: Mapping[str, Any], arm: str) -> str:
         >>> arm_title({"arms": {"dropout": {"title": "+ uniform dropout"}}}, "dropout")
         '+ uniform dropout'
     """
-    return one_line((study["arms"].get(arm) or {}).get("title") or arm)
+    fallback = "networks of one modality, averaged" if arm == ENSEMBLE else arm
+    return one_line((study["arms"].get(arm) or {}).get("title") or fallback)
 
 
 def score_labels(study: Mapping[str, Any]) -> dict[str, str]:
@@ -358,6 +359,8 @@ def _conclusion(reference: str, controls: Mapping[str, str], outcomes: Mapping[s
     if untested:
         unproven = f"; {_listed(untested)} {'was' if len(untested) == 1 else 'were'} not run: "
         unproven += "nothing is said of balancing."
+    if len(untested) == len(BALANCE_CONTROLS):  # the arm claims no balance
+        unproven = "."
     against_controls = []
     if of["worse"]:
         against_controls.append(f"worse than {_listed(of['worse'])}")
