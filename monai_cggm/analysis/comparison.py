@@ -219,8 +219,8 @@ def verdicts(study: Mapping[str, Any], differences: pd.DataFrame) -> list[str]:
     The scores are the mean over all subsets and that of the full set. An arm is better than another where the
     interval of their difference is above zero, worse where it is below, and otherwise no difference is shown. Balancing
     helps where the arm is better than the reference *and* than every control, and where its controls have all the
-    roles of :data:`BALANCE_CONTROLS`. Without some of these, something else than balancing may be what helped: the roles
-    that were not tested are named, and nothing is said of balancing.
+    roles of :data:`BALANCE_CONTROLS`. Without some of these, something else than balancing may be what helped: the
+    roles that were not tested are named, and nothing is said of balancing, nor of an arm that has none of them.
 
     Args:
         study: as for :func:`compare`.
