@@ -50,11 +50,9 @@ def facts_of(folder: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(
-            [f"{path}: cannot be read as JSON ({error}); remove its folder to run the cell again"]
-        ) from error
+        raise DataError([f"{path}: cannot be read as JSON ({error}); {_AGAIN}"]) from error
     if not isinstance(facts, dict) or "status" not in facts:
-        raise DataError([f"{path}: says nothing of a cell; remove its folder to run the cell again"])
+        raise DataError([f"{path}: says nothing of a cell; {_AGAIN}"])
     return facts
 
 
