@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
 
 from monai_cggm.batches import FUSED, PRESENT, samples_in
@@ -164,6 +165,7 @@ class UnimodalObserver(Watch):
         self._features = Capture(self.encoders)
         self._heads = Capture({FUSION_HEAD: self.head, **self.classifier_heads}, full_precision=True)
         self._random_state = _own_random_state(classifiers)
+        self._heads_are_last = False
 
     # ------------------------------------------------------------------ what a method adds
 
@@ -258,13 +260,18 @@ class UnimodalObserver(Watch):
         seen = [rows_with(p, target, present, i) for i, p in enumerate(predictions)]
         losses = torch.stack([mean_loss(loss_function, *pair) for pair in seen])
         epsilon, before = self._measure(predictions if present is None else None, seen, target)
+        deltas = self._output_gradients(losses)
+        from_heads = _from_heads(losses, [self._heads.outputs[m] for m in self.modalities], deltas)
+        if not self._heads_are_last:
+            _refuse_parameters_after_heads(self.classifiers, losses, from_heads)
+            self._heads_are_last = True
         return Step(
             task_loss=task_loss,
-            losses=losses,
+            losses=from_heads,
             epsilon=epsilon,
             delta=epsilon - before,
             fusion_gradient=self._fusion_gradient(task_loss),
-            unimodal_gradients=self._unimodal_gradients(losses),
+            unimodal_gradients=self._unimodal_gradients(deltas),
             logits=logits,
             predictions=predictions,
             target=target,
@@ -293,9 +300,12 @@ class UnimodalObserver(Watch):
         gradient = self._head_gradient(delta, FUSION_HEAD, self.head)
         return gradient if self.differentiable_fusion_gradient else gradient.detach()
 
-    def _unimodal_gradients(self, losses: Tensor) -> Tensor:
+    def _output_gradients(self, losses: Tensor) -> list[Tensor]:
+        """Return the gradient of each classifier's loss at the output of its head."""
         outputs = [self._heads.outputs[m] for m in self.modalities]
-        deltas = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)
+        return list(torch.autograd.grad(losses.sum(), outputs, retain_graph=True))
+
+    def _unimodal_gradients(self, deltas: Sequence[Tensor]) -> Tensor:
         gradients = [
             self._head_gradient(d, m, self.classifier_heads[m]) for d, m in zip(deltas, self.modalities, strict=True)
         ]
@@ -349,6 +359,41 @@ def needs_observer(observer: object, part: object) -> None:
         raise ValueError(
             f"{type(part).__name__} needs a method or a UnimodalObserver, which run the classifiers, got {observer!r}; "
             "with joint training choose methods/observe.yaml in place of methods/joint.yaml"
+        )
+
+
+class _FromHead(torch.autograd.Function):
+    """A classifier's loss, whose gradient at the output of its head is known: the loss is differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, output: Tensor, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(delta)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        (delta,) = ctx.saved_tensors
+        return None, gradient * delta, None
+
+
+def _from_heads(losses: Tensor, outputs: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    each = [_FromHead.apply(*triple) for triple in zip(losses.detach(), outputs, deltas, strict=True)]
+    return torch.stack(each)
+
+
+def _refuse_parameters_after_heads(classifiers: nn.Module, losses: Tensor, from_heads: Tensor) -> None:
+    """Refuse classifiers in which a loss reaches parameters past the head: these would not be trained."""
+    named = {n: p for n, p in classifiers.named_parameters() if p.requires_grad}
+    whole, known = (
+        torch.autograd.grad(each.sum(), list(named.values()), retain_graph=True, allow_unused=True)
+        for each in (losses, from_heads)
+    )
+    past = [name for name, w, k in zip(named, whole, known, strict=True) if w is not None and k is None]
+    if past:
+        raise ValueError(
+            f"the classifiers' losses reach {', '.join(past)} by a way that does not go through the heads, which must "
+            "be the classifiers' last layers"
         )
 
 

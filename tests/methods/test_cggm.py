@@ -493,6 +493,46 @@ def test_a_user_s_network_with_other_names():
     assert set(engine.state.scalars) >= {"balance/l", "balance/r", "cosine/r"}
 
 
+def test_classifiers_that_go_on_after_their_heads_are_refused_in_the_first_step():
+    class Scaled(toy.ToyClassifiers):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, features, size):
+            return {m: self.scale * logits for m, logits in super().forward(features, size).items()}
+
+    network, classifiers = toy.ToyNetwork(), Scaled()
+    engine = toy.trainer(
+        network, everything(network, classifiers), toy.batches(1), CGGM(network, classifiers, metric())
+    )
+    with pytest.raises(ValueError, match=r"reach scale by a way that does not go through the heads"):
+        engine.run()
+
+
+def test_a_classifier_s_loss_is_differentiated_once_a_step():
+    passes = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.view_as(logits)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            passes.append(1)
+            return gradient
+
+    network, classifiers = toy.parts()
+    method = CGGM(
+        network, classifiers, metric(), loss_function=lambda logits, y: toy.cross_entropy(Counted.apply(logits), y)
+    )
+    engine = toy.trainer(network, everything(network, classifiers), toy.batches(3), method)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda _engine: passes.clear())
+    engine.run()
+    assert len(passes) == 2 * len(toy.MODALITIES)
+
+
 def norms_at_the_head_s_input(network, classifiers, batch, terms):
     """‖∂L_task/∂z‖ and ‖∂L_gm/∂z‖ with nothing but autograd."""
     label = batch["label"]
