@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from monai_cggm.analysis.cells import CELL, FUSION, CellKey, Cells, split_name
-from monai_cggm.analysis.measures import DICE, Measure, is_dice, measure_of, score_columns
+from monai_cggm.analysis.measures import DICE, HD95_PENALTIES, Measure, is_dice, measure_of, score_columns
 from monai_cggm.analysis.pages import one_line
 from monai_cggm.analysis.statistics import Interval, paired_bootstrap, paired_p, seed_mean, seed_means
 from monai_cggm.errors import DataError
@@ -69,7 +69,8 @@ class Comparison:
         outstanding: planned cells that have neither finished nor failed.
         outside: cells that are there and that the study does not plan; nothing else counts them.
         full_set: arm; ``splits, seeds, cases``; the scores (Dice by region and their mean, HD95 by region) from all
-            modalities.
+            modalities; with HD95, ``penalties`` of ``distances``: how many of its values are the penalty for a
+            region that is empty on one side only.
         subsets: arm; the mean score over all subsets (``subsets``), over those that lack one modality (``missing_1``),
             two …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
             (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset is NaN.
@@ -173,7 +174,7 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
         cells=used,
         outstanding=used.outstanding(planned),
         outside=[key for key in cells.done + list(cells.failed) if key not in set(planned)],
-        full_set=_score_table(full, [(arm,) for arm in own], ("arm",), columns),
+        full_set=_with_penalties(_score_table(full, [(arm,) for arm in own], ("arm",), columns), full),
         subsets=subsets,
         differences=_differences(by_score, _pairs(study, fused), measure),
         classifiers=_score_table(
@@ -182,7 +183,7 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
             ("arm", "modality"),
             [column for column in columns if not column.startswith("hd95_")],
         ),
-        alone=_score_table(full, [(arm,) for arm in alone], ("arm",), columns),
+        alone=_with_penalties(_score_table(full, [(arm,) for arm in alone], ("arm",), columns), full),
         costs=_costs(used.facts, arms),
     )
 
@@ -485,6 +486,19 @@ def _score_table(
         table[-1] |= _means(group, columns)
     both = [name for column in columns for name in (column, f"{column}_sd")]
     return pd.DataFrame(table, columns=[*by, *_COUNTS, *both])
+
+
+def _with_penalties(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add how many of an arm's values of HD95 are penalties, of all cells, cases and regions."""
+    columns = [column for column in table if column.startswith("hd95_") and not column.endswith("_sd")]
+    if not columns:
+        return table
+    counts = []
+    for arm in table["arm"]:
+        of_arm = rows[rows["arm"] == arm]
+        empty = [of_arm[c].isin(HD95_PENALTIES) & (of_arm[c.replace("hd95_", "dice_")] == 0) for c in columns]
+        counts.append((int(sum(e.sum() for e in empty)), int(of_arm[columns].notna().sum().sum())))
+    return table.assign(penalties=[n for n, _ in counts], distances=[n for _, n in counts])
 
 
 def _means(rows: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:

@@ -193,7 +193,7 @@ def _full_set_section(comparison: Comparison, study: Mapping[str, Any]) -> Secti
         return Section(title, ["No arm has a finished cell yet."])
     caption = (
         f"Scores on the {_part(study)} cases from all modalities: mean ± sample standard deviation over seeds "
-        f"(a dash with one seed). {scales(_scores_in(comparison.full_set))}"
+        f"(a dash with one seed). {scales(_scores_in(comparison.full_set))}{_penalty_note(comparison.full_set)}"
     )
     return Section(title, blocks=[_score_rows(comparison.full_set, study, caption)])
 
@@ -363,17 +363,25 @@ def _score_rows(table: pd.DataFrame, study: Mapping[str, Any], caption: str) -> 
     scores = _scores_in(table)
     counts = ["splits", "seeds", "cases"]
     names = [column for column in ("modality",) if column in table]
-    header = ["arm", *names, *(measure_of(score).label for score in scores), *counts]
+    penalties = ["HD95 penalties"] if "penalties" in table else []
+    header = ["arm", *names, *(measure_of(score).label for score in scores), *penalties, *counts]
     rows = [
         [
             arm_title(study, row["arm"]),
             *(_text(row[name]) for name in names),
             *(_mean_sd(row[s], row[f"{s}_sd"], measure_of(s).digits) for s in scores),
+            *(f"{row['penalties']} of {row['distances']}" for _ in penalties),
             *(str(row[count]) for count in counts),
         ]
         for row in table.to_dict("records")
     ]
     return Table(caption, header, rows)
+
+
+def _penalty_note(table: pd.DataFrame) -> str:
+    if "penalties" not in table:
+        return ""
+    return " HD95 penalties: values that are no distance but stand for a region that is empty on one side only."
 
 
 def _scores_in(table: pd.DataFrame) -> list[str]:

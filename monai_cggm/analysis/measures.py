@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 #: What a study compares arms by, unless it says otherwise.
 DICE = "dice_mean"
 
+#: What HD95 is, in mm, where a region is empty on one side only, by any convention of
+#: ``monai_cggm.metrics.EMPTY_CONVENTIONS``: no distance, but a penalty, of which a few rule a mean.
+HD95_PENALTIES = (373.0, 374.0)
+
 
 @dataclass(frozen=True)
 class Measure:

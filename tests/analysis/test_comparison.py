@@ -15,7 +15,7 @@ import pytest
 from monai_cggm.analysis.cells import CellKey, read_cells
 from monai_cggm.analysis.comparison import Comparison, compare, outcome, subset_groups, subsets_of, verdicts
 from monai_cggm.errors import DataError
-from tests.analysis.fake_cells import facts, sample_cell, score_row, scored_cell, write_cell
+from tests.analysis.fake_cells import MODALITIES, facts, sample_cell, score_row, scored_cell, write_cell
 
 # What every subset of three modalities scores in the cells below, before what an arm, a seed or a case adds.
 DICE = {
@@ -265,6 +265,22 @@ def test_costs_are_means_over_cells(tmp_path: Path) -> None:
     costs = row_of(compare(read_cells(tmp_path), a_study()).costs, arm="joint")
     assert (costs["cells"], costs["training_seconds"], costs["parameters"]) == (2, 200.0, 991172)
     assert math.isnan(costs["peak_memory_mb"])
+
+
+def test_penalties_are_counted_apart_from_distances(tmp_path: Path) -> None:
+    values = [(0.0, 373.0), (0.0, 374.0), (0.3, 373.0), (0.0, 12.0), (1.0, 0.0), (0.8, None)]  # the third is a distance
+    rows = [
+        score_row(f"c{i}", "fusion", "+".join(MODALITIES), {"WT": 0.9, "ET": dice}, hd95_WT=5.0, hd95_ET=distance)
+        for i, (dice, distance) in enumerate(values)
+    ]
+    write_cell(tmp_path, facts("joint", "a", 0), rows)
+    joint = row_of(compare(read_cells(tmp_path), a_study()).full_set, arm="joint")
+    assert (joint["penalties"], joint["distances"]) == (2, 11)
+
+
+def test_without_distances_there_are_no_penalties(tmp_path: Path) -> None:
+    scored_cell(tmp_path, "joint", "a", 0, plus(0), hd95=None)
+    assert "penalties" not in compare(read_cells(tmp_path), a_study()).full_set
 
 
 def test_other_regions(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from monai_cggm.analysis.cells import read_cells
 from monai_cggm.analysis.comparison import compare
 from monai_cggm.analysis.comparison_figures import subset_heat_map
 from monai_cggm.analysis.comparison_report import CONVENTION_NOTES, write_report
+from monai_cggm.analysis.measures import HD95_PENALTIES
 from monai_cggm.analysis.pages import DASH, without_folders
 from monai_cggm.metrics import EMPTY_CONVENTIONS
 from tests.analysis.fake_cells import facts, sample_cell, scored_cell, subsets, write_cell
@@ -339,7 +341,10 @@ def test_markdown_page_and_csv_have_the_same_numbers(report: Path) -> None:
         assert line[1] == shown(row, "dice_WT", 3)
         assert line[4] == shown(row, "dice_mean", 3)
         assert line[5] == shown(row, "hd95_WT", 1)
-        assert line[-3:] == [str(row["splits"]), str(row["seeds"]), str(row["cases"])]
+        assert line[-4:] == [
+            f"{row['penalties']} of {row['distances']}",
+            *(str(row[count]) for count in ("splits", "seeds", "cases")),
+        ]
     by_subsets = pd.read_csv(report / "tables" / "subsets.csv").to_dict("records")
     table = of_header["arm", "all subsets", "one missing"]
     assert [line[1] for line in table[1:]] == [shown(row, "subsets", 3) for row in by_subsets]
@@ -473,6 +478,8 @@ def test_validation_scores_are_called_optimistic(tmp_path: Path) -> None:
 
 def test_conventions_are_described_as_the_metrics_describe_them() -> None:
     assert dict(CONVENTION_NOTES) == {name: convention.note for name, convention in EMPTY_CONVENTIONS.items()}
+    penalties = {c.prediction_empty[1] for c in EMPTY_CONVENTIONS.values() if not math.isnan(c.prediction_empty[1])}
+    assert set(HD95_PENALTIES) == penalties
 
 
 @pytest.mark.parametrize(
