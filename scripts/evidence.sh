@@ -26,7 +26,7 @@ export MPLBACKEND=Agg
 if [ -z "$data" ]; then
   data="$out/phantoms"
   monai_cggm_say "making phantoms in $data: T1ce shows the lesions, the other sequences a third of their contrast"
-  monai-cggm phantom "$data" --cases 40 --seed 21 --informativeness flair=0.35,t1=0.35,t2=0.35
+  monai-cggm phantom "$data" --cases 33 --seed 21 --informativeness flair=0.35,t1=0.35,t2=0.35
 fi
 started=$SECONDS
 monai_cggm_say "training and scoring; stop it whenever you like"
