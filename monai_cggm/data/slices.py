@@ -14,6 +14,8 @@ from monai.data import DistributedSampler, get_track_meta, set_track_meta
 from monai.transforms import Compose, Randomizable
 from torch.utils.data import Dataset
 
+from monai_cggm.data.volumes import CachedVolumes
+
 
 class SliceDataset(Dataset):
     """Training slices of volumes: one item is the list of a case's slices, which MONAI's ``DataLoader`` flattens.
@@ -62,9 +64,10 @@ class SliceDataset(Dataset):
         index = range(len(self))[index]
         state = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)
         self.transform.set_random_state(seed=int(state[0]))
-        volume = self.volumes[index]
+        # what prepares its volumes on the way may need the metadata itself
+        volume = None if isinstance(self.volumes, CachedVolumes) else self.volumes[index]
         with _without_metadata():
-            item = self.transform(volume)
+            item = self.transform(self.volumes[index] if volume is None else volume)
         return item if isinstance(item, list) else [item]
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import enum
 import functools
 import hashlib
+import json
 import logging
 import os
 import types
@@ -19,9 +21,11 @@ import ignite.distributed as idist
 import monai
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, get_track_meta
 from monai.transforms import Compose, Transform
 from monai.transforms.traits import RandomizableTrait
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -33,8 +37,9 @@ from monai_cggm.files import atomic_path
 logger = logging.getLogger(__name__)
 
 #: Part of the name of every file on disk: raise it where a change of this package makes old files wrong.
-_FORMAT = 1
-_META_TENSOR, _ARRAY = "__meta_tensor__", "__array__"
+_FORMAT = 2
+_TENSOR, _META_TENSOR, _ARRAY, _TUPLE = "__tensor__", "__meta_tensor__", "__array__", "__tuple__"
+_MARKS = {_TENSOR, _META_TENSOR, _ARRAY, _TUPLE}
 
 
 class CachedVolumes(Dataset):
@@ -75,13 +80,16 @@ def cached_volumes(
 ) -> CachedVolumes:
     """Run the deterministic transforms over all cases, before the first epoch, and keep what comes out.
 
-    In memory (the default) every process holds all the volumes. With ``cache_dir`` they are files, which are read
-    through a memory map: that costs hardly more, and the processes of a run and the runs after it share them. A file's
-    name depends on the case's entry, on size and time of its files and on the transforms with all their settings, so a
-    changed configuration never meets old volumes; the folder may be deleted at any time.
+    In memory (the default) every process holds all the volumes. With ``cache_dir`` they are files in the format of
+    safetensors, which are read through a memory map and can run no code: memory does not grow with the number of cases,
+    and the processes of a run and the runs after it share the files. A file's name depends on the case's entry, on size
+    and time of its files and on the transforms with all their settings, so a changed configuration never meets old
+    volumes; the folder may be deleted at any time. MONAI's metadata take longer to read than a slice: while its
+    ``set_track_meta(False)`` is in force, they are left out, and volumes are plain tensors.
 
-    Tensors ``(C, H, W, D)`` are stored slice by slice, so that reading one slice touches no others, and each owns its
-    memory: a crop does not keep the whole volume. End the chain with ``CastToTyped`` to a small type.
+    Tensors ``(C, H, W, D)`` are stored slice by slice, all channels of a slice together, so that a slice is one piece
+    and reading it touches no others; each owns its memory: a crop does not keep the whole volume. End the chain with
+    ``CastToTyped`` to a small type.
 
     MONAI's ``CacheDataset`` and ``PersistentDataset`` do much of this. This function is there because they stop at the
     first error without naming the case, share one reader among threads, and, on disk, notice neither changed files nor
@@ -147,15 +155,18 @@ class _OwnStorage(Transform):
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.as_subclass(torch.Tensor)
-    if plain.ndim == 4:
-        plain = plain.permute(0, 3, 1, 2)
-        plain = plain.clone(memory_format=torch.contiguous_format).permute(0, 2, 3, 1)
-    else:
-        plain = plain.clone(memory_format=torch.contiguous_format)
+    plain = _slices_last(_slices_first(tensor.as_subclass(torch.Tensor)).clone(memory_format=torch.contiguous_format))
     if isinstance(tensor, MetaTensor):
         return MetaTensor(plain, meta=tensor.meta, applied_operations=tensor.applied_operations)
     return plain
+
+
+def _slices_first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.permute(3, 0, 1, 2) if tensor.ndim == 4 else tensor
+
+
+def _slices_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.permute(1, 2, 3, 0) if tensor.ndim == 4 else tensor
 
 
 def _deterministic_chain(transform: Callable | Sequence[Callable]) -> Compose:
@@ -216,21 +227,25 @@ def _run(work: Callable[[int], None], order: Sequence[int], *, workers: int, pro
 
 
 def _prepare_on_disk(case: Mapping[Hashable, Any], chain: Compose, folder: Path, settings: str) -> Path:
-    file = folder / f"{_fingerprint(case, settings)}.pt"
+    file = folder / f"{_fingerprint(case, settings)}.safetensors"
     if file.exists():
         try:
             _read_volume(file)
             return file
         except Exception as error:  # whatever is wrong with it, it can be made again
             logger.warning("Making %s again, which cannot be read: %s", file, error)
-    volume = _packed(_prepare(case, chain))
+    tensors: dict[str, torch.Tensor] = {}
+    rest = json.dumps(_packed(_prepare(case, chain), tensors))
     with atomic_path(file) as temporary:
-        torch.save(volume, temporary)
+        save_file(tensors, temporary, metadata={"item": rest})
     return file
 
 
 def _read_volume(file: Path) -> dict[Hashable, Any]:
-    return _unpacked(torch.load(file, weights_only=True, mmap=True))
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: _slices_last(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
+        item: dict[Hashable, Any] = _unpacked(json.loads(stored.metadata()["item"]), tensors)
+        return item
 
 
 def _fingerprint(case: Mapping[Hashable, Any], settings: str) -> str:
@@ -277,36 +292,53 @@ def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
     return f"{kind}({describe(getattr(value, '__dict__', {}))})"
 
 
-def _packed(value: Any) -> Any:
-    """Replace what ``torch.load(weights_only=True)`` refuses: MetaTensors, arrays and enumerations."""
+def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Turn an item into what JSON holds, and put its tensors, by a name each, into ``tensors``."""
+    packed = functools.partial(_packed, tensors=tensors)
     if isinstance(value, MetaTensor):
-        parts = (value.as_tensor(), dict(value.meta), value.applied_operations)
-        return {_META_TENSOR: [_packed(part) for part in parts]}
-    if isinstance(value, np.ndarray):
-        # A list, not a tensor: a header has dozens of tiny arrays, and every tensor is a file inside the file.
-        return {_ARRAY: [value.dtype.str, value.tolist()]}
+        # a text in the text, which is not parsed where nobody wants it
+        metadata = json.dumps(packed([dict(value.meta), value.applied_operations]))
+        return {_META_TENSOR: [packed(value.as_tensor()), metadata]}
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = _slices_first(value.detach().cpu()).contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "OV":
+        # in the text, whatever its size: a header has dozens of tiny arrays, and volumes are tensors
+        return {_ARRAY: [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()]}
     if isinstance(value, np.generic):
-        return value.item()
+        return packed(value.item())
     if isinstance(value, enum.Enum):
-        return _packed(value.value)
-    if isinstance(value, Mapping):
-        return {_packed(k): _packed(v) for k, v in value.items()}
+        return packed(value.value)
+    if isinstance(value, Mapping) and all(isinstance(k, str) and k not in _MARKS for k in value):
+        return {str(k): packed(v) for k, v in value.items()}
+    if type(value) is tuple:
+        return {_TUPLE: [packed(v) for v in value]}
     if isinstance(value, (list, tuple)):
-        return type(value)(_packed(v) for v in value) if type(value) in (list, tuple) else [_packed(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor, torch.dtype)):
+        return [packed(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"the cache on disk cannot hold a {type(value).__name__}: {value!r}")
 
 
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if _ARRAY in value:
-            dtype, content = value[_ARRAY]
-            return np.array(content, dtype=dtype)
-        if _META_TENSOR in value:
-            tensor, meta, operations = (_unpacked(part) for part in value[_META_TENSOR])
-            return MetaTensor(tensor, meta=meta, applied_operations=operations)
-        return {k: _unpacked(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_unpacked(v) for v in value)
-    return value
+def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of :func:`_packed`."""
+    unpacked = functools.partial(_unpacked, tensors=tensors)
+    if isinstance(value, list):
+        return [unpacked(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _META_TENSOR in value:
+        tensor, metadata = value[_META_TENSOR]
+        if not get_track_meta():
+            return unpacked(tensor)
+        meta, operations = unpacked(json.loads(metadata))
+        return MetaTensor(unpacked(tensor), meta=meta, applied_operations=operations)
+    if _ARRAY in value:
+        dtype, shape, data = value[_ARRAY]
+        return np.frombuffer(bytearray(base64.b64decode(data)), dtype=dtype).reshape(shape)
+    if _TUPLE in value:
+        return tuple(unpacked(value[_TUPLE]))
+    return {k: unpacked(v) for k, v in value.items()}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import enum
 import functools
 import gzip
 import logging
@@ -15,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, set_track_meta
 from monai.transforms import (
     CastToTyped,
     Compose,
@@ -106,7 +107,7 @@ def test_tensors_own_their_memory_slice_by_slice(cases: list[dict[str, Any]], tm
     for key in ("image", "label"):
         plain = torch.as_tensor(volume[key]).as_subclass(torch.Tensor)
         assert plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
-        assert plain[0, :, :, 3].is_contiguous()
+        assert plain[..., 3].is_contiguous()
         assert len(plain) == (2 if key == "image" else 1)
     files = list((tmp_path / "cache").glob("*")) if on_disk else []
     assert all(file.stat().st_size < 1.2 * 5 * 40 * 44 * 32 for file in files)
@@ -130,6 +131,71 @@ def test_disk_and_memory_hold_the_same(cases: list[dict[str, Any]], tmp_path: Pa
             np.testing.assert_array_equal(one.meta["original_affine"], other.meta["original_affine"])
             assert one.applied_operations[-1]["class"] == other.applied_operations[-1]["class"] == "CropForeground"
             assert one.applied_operations[-1]["orig_size"] == other.applied_operations[-1]["orig_size"]
+
+
+def test_metadata_are_left_out_while_monai_tracks_none(cases: list[dict[str, Any]], tmp_path: Path):
+    volumes = _quiet(cases[:1], cache_dir=tmp_path / "cache")
+    tracked = volumes[0]
+    set_track_meta(False)
+    try:
+        plain = volumes[0]
+    finally:
+        set_track_meta(True)
+    for key in ("image", "label"):
+        assert type(plain[key]) is torch.Tensor
+        assert torch.equal(plain[key], tracked[key].as_tensor())
+    assert torch.equal(plain["tumour_voxels"], tracked["tumour_voxels"])
+
+
+def test_volumes_outlive_their_items(cases: list[dict[str, Any]], tmp_path: Path):
+    image = _quiet(cases[:1], cache_dir=tmp_path / "cache")[0]["image"]
+    assert torch.equal(torch.as_tensor(image), torch.as_tensor(_quiet(cases[:1])[0]["image"]))
+
+
+class _Colour(enum.Enum):
+    RED = "red"
+
+
+def test_everything_that_an_item_may_hold_comes_back(tmp_path: Path):
+    large = torch.arange(6000).remainder(97)
+    item = {
+        "case": "p01",
+        "nothing": None,
+        "numbers": [True, 3, 0.1, float("inf"), (1, (2, [3])), {"a": {"b": ()}}],
+        "arrays": [np.array("abc"), np.array([b"x", b"yz"]), np.zeros((0, 3)), np.array(1.5, dtype=np.float16)],
+        "small": [torch.tensor(2.5), torch.zeros(0, 4), torch.tensor([True, False]), torch.rand(2, 3, 4, 5)],
+        "large": [large, large > 50, large.view(2, 3, 100, 10), torch.rand(70, 80).T],
+    }
+    case = {**item, "enum": _Colour.RED, "scalar": np.float32(0.5), "brain": large}
+    back = _quiet([case], CastToTyped("brain", dtype=torch.bfloat16), cache_dir=tmp_path)[0]
+    assert (back.pop("enum"), back.pop("scalar")) == ("red", 0.5)
+    assert torch.equal(back.pop("brain"), large.to(torch.bfloat16))
+    assert set(back) == set(item)
+    for key in ("case", "nothing", "numbers"):
+        assert back[key] == item[key]
+    for one, other in zip(item["arrays"], back["arrays"], strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        np.testing.assert_array_equal(one, other)
+        assert other.flags.writeable
+    for one, other in zip([*item["small"], *item["large"]], [*back["small"], *back["large"]], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Path("x"), "PosixPath"),
+        (torch.float16, "dtype"),
+        (np.array([None]), "ndarray"),
+        ({1: 2}, "dict"),
+        ({"__tuple__": []}, "dict"),
+    ],
+)
+def test_what_the_files_cannot_hold_is_refused(tmp_path: Path, value: Any, name: str):
+    with pytest.raises(TypeError, match=f"the cache on disk cannot hold a {name}"):
+        _quiet([{"case": "p01", "value": value}], [], cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_threads_do_not_mix_cases(cases: list[dict[str, Any]]):
@@ -228,11 +294,11 @@ def test_a_damaged_cache_file_is_made_again(
 def test_an_interrupted_write_leaves_no_file(
     cases: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def half(_: Any, file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def half(_: Any, file: Path, **__: Any) -> None:
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr("monai_cggm.data.volumes.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         _quiet(cases[:1], cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

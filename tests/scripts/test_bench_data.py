@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from monai_cggm.data.phantom import write_phantoms
+from monai_cggm.data.slices import SliceDataset
 from tests.scripts.loading import script_module
 
 
@@ -18,43 +22,145 @@ def script() -> ModuleType:
     return script_module("bench_data")
 
 
-def test_table_and_json_hold_every_way(tmp_path: Path, script: ModuleType):
-    write_phantoms(tmp_path / "data", cases=2, shape=(48, 40, 32), spacing=4.0)
-    app = typer.Typer()
-    app.command()(script.main)
-    out = tmp_path / "bench.json"
-    arguments = ["--data", str(tmp_path / "data"), "--cases", "1", "--rounds", "2", "--json", str(out)]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
-    numbers = json.loads(out.read_text())
-    assert numbers["cases"] == 1
-    assert numbers["shape"] == [48, 40, 32]
-    assert numbers["machine"]["threads"] == 1
-    assert len(numbers["ms_per_slice"]) == 5
-    naive = numbers["ms_per_slice"][script.NAIVE]
-    for way, milliseconds in numbers["ms_per_slice"].items():
-        assert milliseconds > 0
-        assert numbers["times_faster"][way] == pytest.approx(naive / milliseconds, rel=0.05, abs=0.1)
-        assert way.split(",")[0] in result.stdout
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> Any:
+    folder = tmp_path_factory.mktemp("bench")
+    write_phantoms(folder / "data", cases=2, shape=(48, 40, 32), spacing=4.0)
+    setup = script.read_setup(folder / "data", 2, folder / "stores")
+    for way in prepared_ways(script):
+        script.write_store(way, setup)
+    return setup
 
 
-def test_ways_take_turns_and_the_first_round_does_not_count(script: ModuleType):
-    calls: list[tuple[str, int]] = []
-
-    def way(name: str, slices: int):
-        return lambda turn: calls.append((name, turn)) or slices
-
-    times = script.take_turns({script.NAIVE: way("naive", 1), "cached": way("cached", 4)}, rounds=3)
-    assert {name: len(values) for name, values in times.items()} == {script.NAIVE: 3, "cached": 3}
-    assert [name for name, _ in calls[:10]] == ["naive", *["cached"] * 8, "naive"]
-    assert len({turn for name, turn in calls if name == "cached"}) == 4 * 8
+def prepared_ways(script: ModuleType) -> list[str]:
+    return [way for way in script.WAYS if way != "naive" and (script.has_h5py() or way not in script.HDF5)]
 
 
-def test_the_naive_way_reads_whole_files(tmp_path: Path, script: ModuleType):
+def test_all_prepared_ways_give_the_same_slices(script: ModuleType, setup: Any):
+    def slices(way: str) -> list[dict[str, Any]]:
+        dataset = SliceDataset(script.volumes_of(way, setup), setup.stage("cropped", 2))
+        return [one for index in range(2) for one in dataset[(1, index)]]
+
+    expected = slices("store")
+    assert len(expected) == 4
+    assert expected[0]["image"].shape == (4, 160, 160)
+    assert expected[0]["image"].any()
+    for way in prepared_ways(script):
+        for one, other in zip(expected, slices(way), strict=True):
+            assert one["slice"] == other["slice"], way
+            for key in ("image", "label"):
+                assert torch.equal(one[key].float(), other[key].float()), (way, key)
+    # the store was written once, and no way made it again under another name
+    assert len(list((setup.stores / "store").iterdir())) == 2
+
+
+def test_stages_are_the_bundles_own_transforms(script: ModuleType, setup: Any):
+    steps = {stage: [type(t).__name__ for t in setup.stage(stage, 3).transforms] for stage in script.STAGES}
+    assert steps["slice"] == ["RandSlicesd"]
+    assert steps["cropped"] == ["RandSlicesd", "SpatialPadd", "RandSpatialCropd", "CastToTyped"]
+    assert steps["augmented"] == [type(t).__name__ for t in setup.augmentation.transforms]
+    assert setup.stage("slice", 3).transforms[0].num_slices == 3
+
+
+def test_a_way_is_measured_in_every_stage_and_state(script: ModuleType, setup: Any):
+    rows = script.measure("store", setup, 3)
+    assert {(row["stage"], row["slices"], row["state"]) for row in rows} == {
+        (stage, slices, state) for stage in script.STAGES for slices in (1, 4) for state in ("cold", "warm")
+    }
+    for row in rows:
+        assert len(row["wall_ms"]) == len(row["cpu_ms"]) == 2 * 3
+        assert min(row["wall_ms"]) > 0
+        assert len(row["resident"]) == 3
+    memory = script.measure("memory", setup, 1)
+    assert {row["state"] for row in memory} == {"memory"}
+
+
+def test_residency_follows_what_is_read(tmp_path: Path, script: ModuleType):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    script.flush([file])
+    script.read_through([file])
+    assert script.resident_share([file]) == 1.0
+    script.evict([file])
+    share = script.resident_share([file])
+    if share == 1.0:
+        pytest.skip("this file system keeps everything in memory")
+    assert share == 0.0
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(1 << 19)
+        stream.read(1)
+    assert 0 < script.resident_share([file]) < 1
+
+
+def test_naive_takes_whole_files_and_several_slices(tmp_path: Path, script: ModuleType):
     write_phantoms(tmp_path, cases=1, shape=(48, 40, 32), spacing=4.0)
     files = sorted(map(str, tmp_path.rglob("*.nii.gz")))
     assert len(files) == 5
-    assert script.take_naively(files, 3) == 1
+    assert script.take_naively(files, 3, 4) == 4
     Path(files[-1]).write_bytes(Path(files[-1]).read_bytes()[:-500])
     with pytest.raises(EOFError):
         script.take_naively(files, 3)
+
+
+def row(way: str, state: str, wall: list[float], cpu: list[float], resident: list[float]) -> dict[str, Any]:
+    return {
+        **{"way": way, "stage": "slice", "slices": 1, "state": state},
+        **{"wall_ms": wall, "cpu_ms": cpu, "resident": resident},
+    }
+
+
+def test_medians_are_over_processes_and_compared_in_the_same_state(script: ModuleType):
+    found = script.summarise(
+        [
+            row("store", "warm", [1.0, 2.0], [1.0, 1.0], [1.0]),
+            row("store", "warm", [9.0], [1.0], [1.0]),
+            row("store", "cold", [4.0], [2.0], [0.0]),
+            row("persistent", "warm", [30.0], [20.0], [1.0]),
+            row("persistent", "cold", [200.0], [60.0], [0.0]),
+            row("memory", "memory", [0.5], [0.5], []),
+        ]
+    )
+    rows = {(one["way"], one["state"]): one for one in found}
+    assert rows["store", "warm"]["wall_ms"] == 2.0
+    assert rows["store", "warm"]["slices_per_second"] == 500.0
+    assert rows["store", "warm"]["timed"] == 3
+    assert rows["persistent", "warm"]["store_faster_wall"] == 15.0
+    assert rows["persistent", "warm"]["store_faster_cpu"] == 20.0
+    assert rows["persistent", "cold"]["store_faster_wall"] == 50.0
+    assert rows["memory", "memory"]["store_faster_wall"] == 0.25
+
+
+@pytest.mark.parametrize("share", [0.5, float("nan")])
+def test_what_was_not_cold_or_may_not_have_been_is_left_out(script: ModuleType, share: float):
+    found = script.summarise([row("store", "cold", [1.0], [1.0], [0.0, share]), row("store", "warm", [1], [1], [1.0])])
+    assert [one["state"] for one in found] == ["warm"]
+
+
+@pytest.mark.slow
+def test_table_and_json_hold_every_way(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    write_phantoms(tmp_path / "data", cases=1, shape=(48, 40, 32), spacing=4.0)
+    monkeypatch.setattr(script, "has_h5py", lambda: False)
+    app = typer.Typer()
+    app.command()(script.main)
+    out = tmp_path / "bench.json"
+    options = ["--data", tmp_path / "data", "--cases", 1, "--passes", 1, "--repeats", 1, "--json", out]
+    result = CliRunner().invoke(app, [*map(str, options), "--ways", "naive,hdf5"], catch_exceptions=False)
+    assert result.exit_code == 0
+    numbers = json.loads(out.read_text())
+    assert numbers["shape"] == [48, 40, 32]
+    assert numbers["machine"]["threads"] == 1
+    assert numbers["skipped"] == {"hdf5": "h5py is not installed"}
+    assert list(numbers["ways"]) == ["store", "naive"]
+    # four float16 sequences and a uint8 label
+    store = 9 * math.prod(numbers["prepared_shape"][1:]) / 1e6
+    assert numbers["megabytes_per_case"]["store"] == pytest.approx(store, abs=0.1)
+    assert {one["way"] for one in numbers["measured"]} == {"store", "naive"}
+    assert "left out, h5py is not installed" in result.stdout
+
+
+def test_an_unknown_way_is_an_error(script: ModuleType):
+    app = typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, ["--ways", "store,zarr"])
+    assert result.exit_code == 2
+    assert "no way zarr" in result.output

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from monai_cggm.data.phantom import write_phantoms
+from tests.scripts.loading import script_module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return script_module("bench_memory")
+
+
+@pytest.fixture
+def here(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in this process: a fresh one takes seconds to start."""
+    monkeypatch.setattr(script, "in_a_process", script.measure)
+
+
+def test_numbers_of_a_tiny_store(tmp_path: Path, script: ModuleType, here: None):
+    write_phantoms(tmp_path / "data", cases=2, shape=(48, 40, 32), spacing=4.0)
+    (tmp_path / "work").mkdir()
+    result = script.bench(tmp_path / "data", 2, [2, 5], [0], 2, None, tmp_path / "work")
+    stored = [file.stat().st_size for file in (tmp_path / "work/prepared").iterdir()]
+    assert len(stored) == 2
+    # four float16 sequences and a uint8 label a voxel, after a description of a few pages
+    volumes = script.CachedVolumes(sorted((tmp_path / "work/prepared").iterdir()))
+    voxels = sum(math.prod(volume["label"].shape) for volume in volumes) / 2
+    assert result["store_bytes_per_case"] == pytest.approx(sum(stored) / 2)
+    assert 9 * voxels < result["store_bytes_per_case"] < 9 * voxels + 5 * 4096
+    copies = sorted((tmp_path / "work/store").iterdir())
+    assert len({file.stat().st_ino for file in copies}) == 5
+    assert [file.stat().st_nlink for file in copies] == [1] * 5
+    assert [(run["cases"], run["slices"]) for run in result["runs"]] == [(2, 8), (5, 20)]
+    for run in result["runs"]:
+        # no less than the slices that a batch holds in float32
+        assert run["peak_megabytes"]["used"] > 8 * 4 * 160 * 160 * 4 / 1e6
+        assert run["peak_megabytes"]["used"] >= run["start_megabytes"]["used"] > 0
+    (line,) = result["fits"]
+    assert math.isfinite(line["used"]["kilobytes_per_case"])
+    assert line["used"]["extrapolated"]
+
+
+def test_a_line_is_fitted(script: ModuleType):
+    runs = [
+        {"cases": n, "workers": 2, "peak_megabytes": {"used": 300 + 0.25 * n, "anonymous": 400.0}} for n in (10, 20, 40)
+    ]
+    line = script.fit(runs)
+    assert line["workers"] == 2
+    assert line["used"]["kilobytes_per_case"] == pytest.approx(250)
+    assert line["used"]["megabytes_full"] == pytest.approx(300 + 0.25 * 1251)
+    assert line["anonymous"]["kilobytes_per_case"] == pytest.approx(0, abs=1e-6)
+    runs[-1] = {"cases": 1251, "workers": 2, "peak_megabytes": {"used": 1.0, "anonymous": 1.0}}
+    assert not script.fit(runs)["used"]["extrapolated"]
+
+
+def test_the_peak_sees_what_is_held_and_let_go(script: ModuleType):
+    with script.PeakMemory(interval=60) as peak:
+        before = dict(peak.megabytes)
+        held = torch.ones(50_000_000, dtype=torch.uint8)
+        peak.sample()
+        del held
+        peak.sample()
+    for name in ("used", "anonymous"):
+        assert peak.megabytes[name] - before[name] == pytest.approx(50, abs=5)
+
+
+def test_pages_of_files_do_not_count(tmp_path: Path, script: ModuleType):
+    (tmp_path / "file").write_bytes(bytes(50_000_000))
+    with script.PeakMemory(interval=60) as peak:
+        before = dict(peak.megabytes)
+        mapped = torch.from_file(str(tmp_path / "file"), size=50_000_000, dtype=torch.uint8)
+        assert int(mapped.sum()) == 0
+        peak.sample()
+    assert peak.megabytes["used"] - before["used"] < 5
+
+
+def test_a_store_too_large_for_the_disk_is_refused(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "case").write_bytes(bytes(1000))
+
+    class Usage:
+        free = 19_000
+
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(typer.BadParameter, match=r"10 cases take 0\.0 GB, more than 50% of the 0\.0 GB"):
+        script.repeat([tmp_path / "case"], 10, tmp_path / "store")
+    assert list((tmp_path / "store").iterdir()) == []
+    script.repeat([tmp_path / "case"], 9, tmp_path / "other")
+    assert len(list((tmp_path / "other").iterdir())) == 9
+
+
+@pytest.mark.parametrize("sizes", ["8", "8,8"])
+def test_one_size_gives_no_slope(script: ModuleType, sizes: str):
+    app = typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, ["--sizes", sizes])
+    assert result.exit_code == 2
+    assert "a slope needs two sizes or more" in result.output
+
+
+@pytest.mark.slow
+def test_table_and_json(tmp_path: Path, script: ModuleType):
+    write_phantoms(tmp_path / "data", cases=1, shape=(48, 40, 32), spacing=4.0)
+    app = typer.Typer()
+    app.command()(script.main)
+    options: list[Any] = ["--data", tmp_path / "data", "--sizes", "2,4", "--workers", "1", "--batch", 2]
+    options += ["--limit-gb", 8, "--scratch", tmp_path, "--json", tmp_path / "memory.json"]
+    result = CliRunner().invoke(app, list(map(str, options)), catch_exceptions=False)
+    assert result.exit_code == 0
+    numbers = json.loads((tmp_path / "memory.json").read_text())
+    assert [(run["cases"], run["workers"], run["slices"]) for run in numbers["runs"]] == [(2, 1, 8), (4, 1, 16)]
+    assert "RLIMIT_DATA" in numbers["limit"]
+    assert "1251 cases (extrapolated)" in " ".join(result.stdout.split())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "memory.json"]
