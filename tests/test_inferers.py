@@ -169,3 +169,184 @@ def test_windows_within_a_slice():
     x = volumes(2)
     whole = VolumeInferer()(x, pixelwise)
     torch.testing.assert_close(VolumeInferer(roi_size=(16, 20), overlap=0.5)(x, pixelwise), whole)
+
+
+def heads(batch=1, modalities=3, shape=(26, 21, 9), seed=0):
+    """Volumes whose first, last and middle slices are empty, with zeros around what is in the others."""
+    x = torch.zeros(batch, modalities, *shape)
+    inside = torch.randn(batch, modalities, *(n - 4 for n in shape), generator=torch.Generator().manual_seed(seed))
+    x[:, :, 2:-2, 2:-2, 2:-2] = inside
+    x[..., shape[-1] // 2] = 0
+    return x
+
+
+class Recorder(nn.Module):
+    """Notes how many slices each call holds; what it predicts for an empty slice is no background."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, present=None):
+        self.calls.append(len(x))
+        lesion = 1.0 + (0.0 if present is None else present.sum(dim=1).view(-1, 1, 1).float())
+        # where in the slice it is tells, too: an empty slice is not one number
+        place = torch.arange(x.shape[-1], dtype=x.dtype).expand(x.shape[0], *x.shape[2:])
+        logits = torch.stack([x.nan_to_num().sum(dim=1), lesion + place], dim=1)
+        return {"lesions": logits, "doubled": 2 * logits}
+
+
+def assert_same_classes(found, expected, *, rtol, atol):
+    """Logits within rounding; classes equal but where the two best are as near to each other as rounding."""
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    best = expected.topk(2, dim=0).values
+    tied = best[0] - best[1] <= 2 * (found - expected).abs().max()
+    assert tied.float().mean() < 1e-3
+    assert torch.equal(found.argmax(dim=0)[~tied], expected.argmax(dim=0)[~tied])
+    assert len(expected.argmax(dim=0).unique()) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("modalities", "shape", "sw_batch_size", "mask"),
+    [
+        (2, (26, 21, 9), 1, None),
+        (2, (17, 32, 10), 4, [True, False]),
+        (4, (26, 21, 9), 3, None),
+        (4, (16, 16, 11), 32, [False, True, True, False]),
+    ],
+)
+@torch.no_grad()
+def test_the_segmentation_is_that_of_one_slice_after_the_other(modalities, shape, sw_batch_size, mask, dtype):
+    encoder = {"backbone": "resnet18", "width": 4, "aspp_channels": 8, "output_stride": 8, "stem_stride": 1}
+    network = MultimodalSegmenter([f"m{i}" for i in range(modalities)], 4, encoder=encoder, decoder_channels=8)
+    network = network.eval().to(dtype)
+    network.head.bias.zero_()
+    x = heads(2, modalities, shape).to(dtype)
+    present = None if mask is None else torch.tensor([[True] * modalities, mask])
+    logits = VolumeInferer(sw_batch_size=sw_batch_size)(x, network, present=present)
+    assert logits.dtype == dtype
+    # in double precision nothing is as near as rounding, so that the classes are equal everywhere
+    rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (1e-12, 1e-14)
+    for index in range(2):
+        case_mask = None if present is None else present[index]
+        assert_same_classes(logits[index], slice_by_slice(network, x[index], case_mask), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("reuse_empty", "masked", "calls"),
+    [
+        (True, False, [3, 3, 3]),  # 2 x 4 slices with something in them and one of the 2 x 5 empty ones
+        (False, False, [3] * 6),
+        (True, True, [3, 2] * 2),
+        (False, True, [3] * 6),
+    ],
+)
+def test_what_the_network_predicts_without_brain_is_computed_once(reuse_empty, masked, calls):
+    x, network = heads(2), Recorder()
+    present = torch.tensor([[True, True, True], [True, False, True]]) if masked else None
+    logits = VolumeInferer(sw_batch_size=3, reuse_empty=reuse_empty)(x, network, present=present)
+    assert network.calls == calls
+    assert list(logits) == ["lesions", "doubled"]
+    for index in range(2):
+        mask = None if present is None else present[index : index + 1]
+        for depth in range(x.shape[-1]):
+            expected = network(x[index : index + 1, ..., depth], present=mask)
+            for name, values in logits.items():
+                assert torch.equal(values[index, ..., depth], expected[name][0])
+    # background is what no empty slice was called, and under another mask it was called something else
+    assert (logits["lesions"][..., 0].argmax(dim=1) == 1).all()
+    assert torch.equal(logits["lesions"][0, ..., 0], logits["lesions"][1, ..., 0]) == (not masked)
+
+
+@pytest.mark.parametrize("spatial_dim", [0, 1, 2])
+def test_empty_slices_along_each_axis(spatial_dim):
+    x, network = heads(2, shape=(9, 9, 9)).movedim(-1, 2 + spatial_dim), Recorder()
+    logits = VolumeInferer(sw_batch_size=32, spatial_dim=spatial_dim)(x, network)
+    assert network.calls == [9]
+    each = VolumeInferer(spatial_dim=spatial_dim, reuse_empty=False)(x, network)
+    for name, values in logits.items():
+        assert torch.equal(values, each[name])
+
+
+@pytest.mark.parametrize("value", [1e-30, -1.0, float("nan")])
+def test_a_slice_is_empty_only_where_nothing_is_in_any_channel(value):
+    x, network = heads(), Recorder()
+    x[0, 1, 3, 3, 0] = value
+    logits = VolumeInferer(sw_batch_size=32)(x, network, present=torch.tensor([[True, False, True]]))
+    assert network.calls == [4 + 1 + 1]
+    expected = network(x[..., 0], present=torch.tensor([[True, False, True]]))["lesions"]
+    assert torch.equal(logits["lesions"][..., 0], expected)
+
+
+def test_volumes_without_any_brain():
+    x, network = torch.zeros(2, 3, 8, 7, 5), Recorder()
+    logits = VolumeInferer()(x, network)["lesions"]
+    assert network.calls == [1]
+    assert torch.equal(logits, network(x[..., 0])["lesions"][..., None].expand_as(logits))
+
+
+@pytest.mark.parametrize("windows", [{"roi_size": (26, 21)}, {"buffer_steps": 2}])
+@torch.no_grad()
+def test_whole_slices_are_what_monai_makes_of_them(network, windows):
+    x = heads(2)
+    found = VolumeInferer(sw_batch_size=4)(x, network)
+    torch.testing.assert_close(VolumeInferer(sw_batch_size=4, **windows)(x, network), found, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_of_another_resolution():
+    """As MONAI has it: the slices are as many, their pixels fewer."""
+    x = torch.randn(2, 3, 8, 6, 5)
+    halved = nn.AvgPool2d(2)
+    found = VolumeInferer(sw_batch_size=4)(x, halved)
+    assert found.shape == (2, 3, 4, 3, 5)
+    assert torch.equal(found, VolumeInferer(roi_size=(8, 6), sw_batch_size=4)(x, halved))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_stored_in_float32(dtype):
+    x = volumes(1)
+    logits = VolumeInferer()(x, lambda slices: slices.to(dtype))
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, x.to(dtype).float())
+
+
+@torch.no_grad()
+def test_autocast_reaches_the_network(network):
+    x, types = heads(), []
+    hook = network.head.register_forward_hook(lambda _module, _args, output: types.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = VolumeInferer(sw_batch_size=32)(x, network)
+    hook.remove()
+    assert types == [torch.bfloat16]
+    exact = VolumeInferer()(x, network)
+    assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_devices_of_slices_and_of_volumes(capsys):
+    x, devices = volumes(1), []
+
+    def network(slices):
+        devices.append(slices.device.type)
+        return torch.ones(len(slices), 2, *slices.shape[2:])
+
+    logits = VolumeInferer(sw_device="meta", device="cpu")(x, network)
+    assert devices == ["meta"]
+    assert torch.equal(logits, torch.ones(1, 2, *x.shape[2:]))
+    assert VolumeInferer(device="meta")(x, network).device.type == "meta"
+    assert "1/1" not in capsys.readouterr().err
+    big = torch.empty(x.shape, device="meta")
+    assert VolumeInferer(cpu_thresh=x[0, 0].numel())._stitching_device(big).type == "meta"
+    assert VolumeInferer(cpu_thresh=x[0, 0].numel() - 1)._stitching_device(big).type == "cpu"
+    VolumeInferer(progress=True)(x, network)
+    assert "1/1" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_what_the_inferer_cannot_use_is_refused(network):
+    with pytest.raises(TypeError, match="the network must return logits or a dictionary of them, got tuple"):
+        VolumeInferer()(volumes(1), lambda x: (x, x))
+    with pytest.raises(RuntimeError, match="only 2D `roi_size`"):
+        VolumeInferer()(volumes(1)[..., 0], network)
+    with pytest.raises(ValueError, match="spatial_dim"):
+        VolumeInferer(spatial_dim=3)(volumes(1), network)
