@@ -159,6 +159,6 @@ def refuse_compiled(network: nn.Module) -> None:
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (network, inner)):
         raise ValueError(
             "the whole network is compiled: what hooks see inside it is not on the loss's path, and compiled code "
-            "cannot be differentiated twice. Compile parts in place instead, for example "
+            "cannot be differentiated twice. Compile parts in place instead, as configs/hardware/compile.yaml does: "
             "`for encoder in network.encoders.values(): encoder.compile()`, and leave the head eager"
         )

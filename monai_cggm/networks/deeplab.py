@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from monai.networks.blocks.convolutions import Convolution
 from monai.networks.nets.resnet import ResNet, resnet_params
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 NormName = Literal["batch", "instance", "group"]
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
@@ -185,6 +188,9 @@ class DeepLabV3PlusEncoder(nn.Module):
         norm: ``batch``, ``instance`` or ``group``; see :func:`norm_spec`.
         stem_stride: stride of the first convolution; 2 is the published one. 1 doubles the resolution of everything
             after it, for images of coarse voxels; ``output_stride`` must then be 8 or 4.
+        checkpointing: keep only the encoder's outputs in training, and compute what lies between once more in the
+            backward pass (`Chen et al. 2016 <https://arxiv.org/abs/1604.06174>`__): less memory for one more forward
+            pass. Weights, gradients and running statistics are the same; so are the names of the state.
 
     Attributes:
         spatial_dims: as given.
@@ -193,6 +199,7 @@ class DeepLabV3PlusEncoder(nn.Module):
         norm: as given.
         low_channels: channels of the low-level features.
         high_channels: channels of the high-level features.
+        checkpointing: as given; may be changed.
 
     Raises:
         ValueError: for a backbone, number of dimensions, output stride or norm other than those above.
@@ -218,6 +225,7 @@ class DeepLabV3PlusEncoder(nn.Module):
         width: int = 64,
         norm: NormName = "batch",
         stem_stride: int = 2,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
@@ -235,6 +243,7 @@ class DeepLabV3PlusEncoder(nn.Module):
         self.output_stride = output_stride
         self.low_stride = 2 * stem_stride
         self.norm = norm
+        self.checkpointing = checkpointing
         self.trunk = ResNetTrunk(
             backbone,
             spatial_dims=spatial_dims,
@@ -261,8 +270,44 @@ class DeepLabV3PlusEncoder(nn.Module):
             Low-level features ``(B, low_channels, *S/low_stride)`` and high-level features
             ``(B, high_channels, *S/output_stride)``.
         """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._encode(x)
+        elif self.checkpointing and self.training and torch.is_grad_enabled():
+            return _computed_again(self, x)
+        else:
+            return self._encode(x)
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.trunk(x)
         return low, self.aspp(high)
+
+
+def _computed_again(encoder: DeepLabV3PlusEncoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    return checkpoint(
+        encoder._encode,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_held(encoder)),
+        preserve_rng_state=False,  # nothing in an encoder is random
+    )
+
+
+@contextlib.contextmanager
+def _statistics_held(module: nn.Module) -> Iterator[None]:
+    """Let a second pass over a batch leave the running statistics of batch norm as the first one left them.
+
+    Momentum 0 and not ``track_running_stats=False``: without running statistics the layer keeps fewer tensors for the
+    backward pass, and the second pass has to keep the same ones as the first.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for layer, (momentum, batches) in zip(layers, kept, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, batches
 
 
 def upsample(x: Tensor, size: list[int]) -> Tensor:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder of one modality."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,85 @@ def test_trains_on_a_batch_of_one(norm):
     gradients = [p.grad for p in encoder.parameters()]
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
     assert encoder.aspp.pooled.conv.weight.grad.abs().max() > 0
+
+
+def checkpointed_pair(**kwargs):
+    """An encoder, and its like that computes activations again."""
+    plain = DeepLabV3PlusEncoder("resnet18", **SMALL, **kwargs).train()
+    again = copy.deepcopy(plain)
+    again.checkpointing = True
+    return plain, again
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["moving mean", "plain mean"])
+def test_checkpointing_changes_no_weight_and_no_statistics(momentum):
+    """Two steps of SGD: recomputation counts no batch twice, and gradients are equal to the last bit."""
+    pair = checkpointed_pair()
+    optimizers = [torch.optim.SGD(encoder.parameters(), lr=0.1, momentum=0.9) for encoder in pair]
+    for encoder in pair:
+        for layer in encoder.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = momentum
+    for x in torch.randn(2, 3, 1, 32, 32):
+        for encoder, optimizer in zip(pair, optimizers, strict=True):
+            low, high = encoder(x)
+            optimizer.zero_grad()
+            (low.square().mean() + high.square().mean()).backward()
+            optimizer.step()
+    plain, again = (encoder.state_dict() for encoder in pair)
+    assert list(plain) == list(again)
+    assert plain["trunk.bn1.num_batches_tracked"] == 2
+    for name, value in plain.items():
+        assert torch.equal(again[name], value), name
+    assert pair[1].trunk.bn1.momentum == momentum
+    for one, other in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_checkpointing_keeps_few_tensors_and_runs_hooks_once():
+    kept, calls = [], []
+    for encoder in checkpointed_pair():
+        inner = encoder.trunk.bn1.register_forward_hook(lambda *_: calls.append("inner"))
+        outer = encoder.register_forward_hook(lambda *_: calls.append("outer"))
+        bytes_kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=bytes_kept: to.append(t.nbytes) or t, lambda t: t):
+            low, high = encoder(torch.randn(2, 1, 32, 32))
+        kept.append(sum(bytes_kept))
+        (low.sum() + high.sum()).backward()
+        inner.remove()
+        outer.remove()
+    assert calls == ["inner", "outer", "inner", "outer", "inner"]
+    assert kept[1] < kept[0] / 20
+
+
+def test_checkpointing_differentiates_twice_with_the_graph_kept():
+    """As methods do: a gradient at the features first, then the whole."""
+    plain, again = checkpointed_pair(norm="instance")
+    x = torch.randn(2, 1, 32, 32)
+    for encoder in (plain, again):
+        low, high = encoder(x)
+        loss = (low.square().mean() + high.square().mean()).log()
+        (at_features,) = torch.autograd.grad(loss, high, create_graph=True)
+        (loss + at_features.square().sum()).backward()
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+
+
+def test_checkpointing_is_for_training_only(monkeypatch):
+    def refuse(*_args):
+        raise AssertionError("computed again")
+
+    _, encoder = checkpointed_pair()
+    scripted = torch.jit.script(encoder.eval())
+    monkeypatch.setattr("monai_cggm.networks.deeplab._computed_again", refuse)
+    x = torch.randn(2, 1, 32, 32)
+    expected = encoder(x)
+    for found, right in zip(scripted(x), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    with torch.no_grad():
+        encoder.train()(x)
+    with pytest.raises(AssertionError, match="computed again"):
+        encoder(x)
 
 
 @pytest.mark.parametrize(
