@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nnU-Net's folders and the Decathlon's, which a ``dataset.json`` describes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai_cggm.data.layouts import LABEL, patient_of
+from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, list_volumes, stem_of
+from monai_cggm.discovery.names import modality_of, some
+from monai_cggm.discovery.sources import read_grid
+from monai_cggm.errors import DataError
+
+DATASET = "dataset.json"
+_CHANNEL = re.compile(r"(?P<id>.+)_(?P<channel>\d{4})", re.DOTALL)
+#: What an evaluation of the parser could begin with: names from a file come into configurations.
+_EVALUATED = re.compile(r"[$@%\x00-\x1f]")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: where it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError([f"{path} is no JSON file: {error}"]) from error
+
+
+def described_dataset(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's ``dataset.json`` that names channels, None where there is none."""
+    path = folder / DATASET
+    content = read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) and {"channel_names", "modality"} & set(content) else None
+
+
+def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
+    """Read an nnU-Net or a Decathlon folder.
+
+    nnU-Net has a file a channel, ``imagesTr/ID_0000.nii.gz``; the Decathlon (and MONAI's ``DecathlonDataset``) one 4-D
+    file a case, ``imagesTr/ID.nii.gz``. Which of the two it is, the files' names tell: version 1 of nnU-Net has the
+    Decathlon's ``dataset.json``.
+
+    Args:
+        content: of ``dataset.json``: ``channel_names`` (nnU-Net 2) or ``modality``, and ``labels``.
+        root: its folder.
+
+    Raises:
+        DataError: where the files do not fit it, or it cannot be understood.
+    """
+    where = root / DATASET
+    channels = _channels(content.get("channel_names", content.get("modality")), where)
+    notes: list[str] = []
+    label_names = _label_names(content.get("labels"), where, notes)
+    folders = {name: list_volumes(root / name) for name in ("imagesTr", "labelsTr", "imagesTs")}
+    training = folders["imagesTr"].volumes
+    if not training and not folders["imagesTr"].pictures and not isinstance(content.get("dataset"), dict):
+        raise DataError([f"{where} does not fit the files: there is no volume in {root / 'imagesTr'}"])
+    if folders["imagesTr"].pictures and not training:
+        raise DataError(
+            [f"{root / 'imagesTr'} holds 2-D images ({some(p.name for p in folders['imagesTr'].pictures)})"]
+        )
+    if training and not any(_CHANNEL.fullmatch(stem_of(volume)) for volume in training):
+        draft = _decathlon(content, root, channels, folders)
+    else:
+        draft = _nnunet(content, root, channels, folders)
+    count = sum(case.section == "training" for case in draft.cases)
+    stated = content.get("numTraining")
+    if isinstance(stated, int) and stated != count:
+        notes.append(f"{DATASET} says {stated} training cases, {count} are here.")
+    named = ", ".join(f"{name} (channel {channel}, {text!r})" for channel, (name, text) in channels.items())
+    kind = "an nnU-Net folder" if draft.layout == "nnunet" else "a Decathlon folder, one 4-D file a case"
+    draft.notes = [f"{DATASET} describes {kind}: {named}, in this order.", *notes, *draft.notes]
+    draft.label_names = label_names
+    return draft
+
+
+def listed_volume(text: Any, root: Path) -> Source:
+    """The volume that a JSON file names.
+
+    Raises:
+        ValueError: where it is not there, or is no volume.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"is {text!r}, expected a path")
+    path = root / Path(text).expanduser()
+    kind = kind_of(path)
+    if not path.exists():
+        raise ValueError(f"{text} is not there")
+    if kind is None:
+        raise ValueError(f"{text} is no volume: expected NIfTI, NRRD, MHA or the folder of a DICOM series")
+    return Source(path, kind=kind)
+
+
+def channel_count(volume: Source) -> int:
+    """How many volumes a file holds.
+
+    Raises:
+        ValueError: as :func:`monai_cggm.discovery.sources.read_grid`.
+    """
+    # Of a named channel: read_grid refuses a file of several that nothing names.
+    return read_grid(Source(volume.path, 0, volume.kind)).channels
+
+
+def _channels(named: Any, where: Path) -> dict[int, tuple[str, str]]:
+    """Channel number -> our key and the name as it is written, in the order of the numbers."""
+    items = enumerate(named) if isinstance(named, list) else named.items() if isinstance(named, dict) else ()
+    try:
+        texts = {int(number): str(name) for number, name in items}
+    except ValueError as error:
+        raise DataError([f"{where}: channels are {named!r}, expected numbers with names"]) from error
+    if not texts:
+        raise DataError([f"{where}: channels are {named!r}, expected numbers with names"])
+    keys = {number: modality_of(text) for number, text in sorted(texts.items())}
+    repeated = len(set(keys.values())) < len(keys)
+    return {n: (f"{key}_{n}" if repeated else key, texts[n]) for n, key in keys.items()}
+
+
+def _label_names(labels: Any, where: Path, notes: list[str]) -> dict[int, str] | None:
+    """Value -> name, from name -> value (nnU-Net 2) or value -> name (the Decathlon)."""
+    if labels is None:
+        return None
+    if not isinstance(labels, dict):
+        raise DataError([f"{where}: labels are {labels!r}, expected values with names"])
+    names: dict[int, str] = {}
+    for key, value in labels.items():
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(value, list):
+            notes.append(f"{DATASET} joins label values to regions ({key}: {value}): no names for single values.")
+            return None
+        name, number = (key, value) if isinstance(value, int) else (value, key)
+        try:
+            names[int(number)] = str(name)
+        except (TypeError, ValueError) as error:
+            raise DataError([f"{where}: label {key!r}: {value!r}, expected a whole number and a name"]) from error
+    safe = {value: _EVALUATED.sub("", name).strip() or f"label_{value}" for value, name in names.items()}
+    if safe != names:
+        notes.append(f"Names of labels without $, @ and %: {some(safe[v] for v in safe if safe[v] != names[v])}.")
+    return dict(sorted(safe.items()))
+
+
+def _nnunet(
+    content: Mapping[str, Any], root: Path, channels: Mapping[int, tuple[str, str]], folders: Mapping[str, Listing]
+) -> Draft:
+    problems: list[str] = []
+    cases: list[FoundCase] = []
+    labels = {stem_of(volume): volume for volume in folders["labelsTr"].volumes}
+    for folder, section in (("imagesTr", "training"), ("imagesTs", "test")):
+        groups: dict[str, dict[int, Source]] = defaultdict(dict)
+        for volume in folders[folder].volumes:
+            match = _CHANNEL.fullmatch(stem_of(volume))
+            number = int(match["channel"]) if match else -1
+            if match is None or number not in channels:
+                expected = f"names that end in {some(f'_{n:04d}' for n in channels)}"
+                problems.append(f"{volume.path} fits no channel of {DATASET}: expected {expected}")
+            elif number in groups[match["id"]]:
+                rival = groups[match["id"]][number].path
+                problems.append(f"{volume.path} and {rival} are one channel of one case, expected one file")
+            else:
+                groups[match["id"]][number] = volume
+        for case_id, files in sorted(groups.items()):
+            images = {channels[number][0]: files[number] for number in channels if number in files}
+            label = labels.get(case_id) if section == "training" else None
+            cases.append(FoundCase(case_id, patient_of(case_id), images, label, section, str(root / folder)))
+    cases += _listed_elsewhere(content, root, channels, problems)
+    strays = sorted(set(labels) - {case.case_id for case in cases})
+    if strays:
+        problems.append(f"{len(strays)} labels have no image in {root / 'imagesTr'}: {some(strays)}")
+    return Draft("nnunet", cases, tuple(name for name, _ in channels.values()), problems=problems)
+
+
+def _listed_elsewhere(
+    content: Mapping[str, Any], root: Path, channels: Mapping[int, tuple[str, str]], problems: list[str]
+) -> list[FoundCase]:
+    """Cases of nnU-Net 2 whose files ``dataset`` lists, wherever they are."""
+    listed = content.get("dataset")
+    cases = []
+    for case_id, entry in listed.items() if isinstance(listed, dict) else ():
+        try:
+            if not isinstance(entry, dict) or not isinstance(entry.get("images"), list):
+                raise ValueError("expected 'images', one path a channel, and 'label'")
+            if len(entry["images"]) != len(channels):
+                raise ValueError(f"has {len(entry['images'])} images, expected {len(channels)}, one a channel")
+            names = [name for name, _ in channels.values()]
+            images = {name: listed_volume(text, root) for name, text in zip(names, entry["images"], strict=True)}
+            label = listed_volume(entry["label"], root) if entry.get("label") else None
+            cases.append(FoundCase(case_id, patient_of(case_id), images, label, place=str(root / DATASET)))
+        except ValueError as error:
+            problems.append(f"case {case_id}: {error} ({root / DATASET})")
+    return cases
+
+
+def _decathlon(
+    content: Mapping[str, Any], root: Path, channels: Mapping[int, tuple[str, str]], folders: Mapping[str, Listing]
+) -> Draft:
+    problems: list[str] = []
+    cases: list[FoundCase] = []
+    for section, entries in _decathlon_entries(content, folders).items():
+        for image, label in entries:
+            try:
+                volume = listed_volume(image, root)
+                found = channel_count(volume)
+                if found != len(channels):
+                    raise ValueError(f"has {found} channels, {DATASET} names {len(channels)}")
+                target = listed_volume(label, root) if label and section == "training" else None
+            except ValueError as error:
+                problems.append(f"case {Path(str(image)).name}: {error} ({root / str(image)})")
+                continue
+            images = {
+                name: Source(volume.path, position if found > 1 else None, volume.kind)
+                for position, (name, _) in enumerate(channels.values())
+            }
+            case_id = stem_of(volume)
+            cases.append(FoundCase(case_id, patient_of(case_id), images, target, section, str(volume.path)))
+    return Draft("msd", cases, tuple(name for name, _ in channels.values()), problems=problems)
+
+
+def _decathlon_entries(content: Mapping[str, Any], folders: Mapping[str, Listing]) -> dict[str, list[tuple[Any, Any]]]:
+    """Section -> image and label paths, as ``dataset.json`` lists them, or as the folders hold them."""
+    entries: dict[str, list[tuple[Any, Any]]] = {}
+    for section, folder in (("training", "imagesTr"), ("test", "imagesTs")):
+        listed = content.get(section)
+        if isinstance(listed, list):
+            pairs = [(e.get("image"), e.get(LABEL)) if isinstance(e, dict) else (e, None) for e in listed]
+        else:
+            labels = {stem_of(volume): str(volume.path.absolute()) for volume in folders["labelsTr"].volumes}
+            volumes = folders[folder].volumes
+            pairs = [(str(volume.path.absolute()), labels.get(stem_of(volume))) for volume in volumes]
+        entries[section] = pairs
+    return entries

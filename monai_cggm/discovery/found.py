@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a discovered data set is made of, and the volumes that lie below a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["nifti", "image", "dicom"]
+
+_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_IMAGE = re.compile(r"(\.seg)?\.(nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
+_DICOM = re.compile(r"\.(dcm|dicom|ima)$", re.IGNORECASE)
+_PICTURE = re.compile(r"\.(png|jpe?g|bmp|tiff?|gif)$", re.IGNORECASE)
+_BARE = re.compile(r"[^.]*|.*\.\d*", re.DOTALL)  # IM0001, 1.2.840.113619.2.5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one volume is.
+
+    Attributes:
+        path: the file, or the folder of a DICOM series.
+        channel: which channel of a 4-D file, None where the file holds one volume.
+        kind: ``"nifti"``, ``"image"`` (NRRD, MHA, MHD) or ``"dicom"``.
+    """
+
+    path: Path
+    channel: int | None = None
+    kind: Kind = "nifti"
+
+
+@dataclass(frozen=True)
+class FoundCase:
+    """One case of a data set.
+
+    Attributes:
+        case_id: the ID, which can be a file's name.
+        patient: the patient, whose cases belong in one part of a split.
+        images: modality -> volume, in the order of the data set's modalities; a modality that is missing is not in it.
+        label: the segmentation, where there is one.
+        section: ``"training"``, ``"validation"`` or ``"test"``.
+        place: where the case was found, for messages.
+        convention: what a datalist says of the case under ``labels``.
+    """
+
+    case_id: str
+    patient: str
+    images: Mapping[str, Source]
+    label: Source | None = None
+    section: str = "training"
+    place: str = ""
+    convention: str | None = None
+
+    def sources(self) -> dict[str, Source]:
+        """All volumes by key, the label last."""
+        return {**self.images, **({"label": self.label} if self.label else {})}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :func:`monai_cggm.discovery.discover` found.
+
+    Attributes:
+        source: the folder or datalist.
+        layout: ``"folders"``, ``"files"``, ``"nnunet"``, ``"msd"``, ``"bids"`` or ``"datalist"``.
+        modalities: names, in the layout's own order where it has one (channel numbers, a datalist's keys), sorted
+            otherwise; the notes say which.
+        cases: the cases.
+        label_names: value in the label files -> name, None where nothing tells it.
+        notes: sentences about what was recognised and how.
+    """
+
+    source: Path
+    layout: str
+    modalities: tuple[str, ...]
+    cases: tuple[FoundCase, ...]
+    label_names: Mapping[int, str] | None = None
+    notes: tuple[str, ...] = ()
+
+    def without(self, case_ids: Sequence[str]) -> Found:
+        """The same without some cases."""
+        return replace(self, cases=tuple(case for case in self.cases if case.case_id not in set(case_ids)))
+
+
+@dataclass
+class Draft:
+    """A layout's reading of a folder, before IDs are made safe and the whole is judged."""
+
+    layout: str
+    cases: list[FoundCase]
+    modalities: tuple[str, ...]
+    label_names: Mapping[int, str] | None = None
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The volumes below a folder, and the pictures, which are none."""
+
+    volumes: tuple[Source, ...]
+    pictures: tuple[Path, ...]
+
+
+def list_volumes(folder: Path) -> Listing:
+    """List all volumes below a folder, sorted, through links to folders but none twice; hidden ones are left out.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     (Path(name) / "p01_flair.nii.gz").touch()
+        ...     [volume.kind for volume in list_volumes(Path(name)).volumes]
+        ['nifti']
+    """
+    volumes: list[Source] = []
+    pictures: list[Path] = []
+    for parent, names in _folders(folder):
+        paths = [parent / name for name in names]
+        volumes += [Source(path) for path in paths if _NIFTI.search(path.name)]
+        volumes += [Source(path, kind="image") for path in paths if _IMAGE.search(path.name)]
+        if _has_dicom(paths):
+            volumes.append(Source(parent, kind="dicom"))
+        pictures += [path for path in paths if _PICTURE.search(path.name)]
+    return Listing(tuple(volumes), tuple(pictures))
+
+
+def stem_of(source: Source) -> str:
+    """The name of a file without its endings, of a DICOM series its folder's.
+
+    Example:
+        >>> stem_of(Source(Path("a/p01.flair.nii.gz"))), stem_of(Source(Path("a/p01.v2"), kind="dicom"))
+        ('p01.flair', 'p01.v2')
+    """
+    return source.path.name if source.kind == "dicom" else _IMAGE.sub("", _NIFTI.sub("", source.path.name))
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of volume that a path is, None where it is none."""
+    if _NIFTI.search(path.name):
+        return "nifti"
+    if _IMAGE.search(path.name):
+        return "image"
+    return "dicom" if path.is_dir() else None
+
+
+def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above itself would go on for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(parent), sorted(name for name in names if not name.startswith("."))
+
+
+def _has_dicom(paths: Sequence[Path]) -> bool:
+    if any(_DICOM.search(path.name) for path in paths):
+        return True
+    bare = [path for path in paths if _BARE.fullmatch(path.name) and path.name != "DICOMDIR"]
+    return any(_starts_as_dicom(path) for path in bare[:3])
+
+
+def _starts_as_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at a folder of paired-modality cases and say what it is: cases, modalities, labels.
+
+==============  =======================================================================================================
+layout          what it looks like
+==============  =======================================================================================================
+``"folders"``   a folder a case, a file a modality: ``p01/FLAIR_reg.nii.gz``, ``p01/T1/IM0001.dcm``
+``"files"``     files side by side: ``p01_flair.nii.gz``, or ``images/p01_t1.nii.gz`` and ``labels/p01.nii.gz``
+``"nnunet"``    ``dataset.json``, ``imagesTr/p01_0000.nii.gz``, ``labelsTr/p01.nii.gz``
+``"msd"``       ``dataset.json``, one 4-D file a case: the Medical Segmentation Decathlon
+``"bids"``      ``sub-01/[ses-1/]anat/sub-01_FLAIR.nii.gz``, labels in ``derivatives``
+``"datalist"``  a JSON file with one path a modality
+==============  =======================================================================================================
+
+Isensee et al., nnU-Net, Nature Methods 2021; Antonelli et al., The medical segmentation decathlon, Nature
+Communications 2022; Gorgolewski et al., The brain imaging data structure, Scientific Data 2016. Formats are read as
+their documentation describes them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from monai_cggm.data.layouts import is_safe_id
+from monai_cggm.discovery.dataset_json import DATASET, described_dataset, read_dataset_json
+from monai_cggm.discovery.described import is_bids, read_bids, read_datalist
+from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, list_volumes
+from monai_cggm.discovery.names import modality_of, some, vocabulary_of
+from monai_cggm.discovery.recognise import recognise
+from monai_cggm.errors import DataError
+
+
+def discover(
+    source: str | Path,
+    *,
+    patterns: Mapping[str, str] | None = None,
+    label_pattern: str | None = None,
+    modalities: Sequence[str] | None = None,
+    need_label: bool = True,
+    allow_missing: bool = False,
+) -> Found:
+    """Find the cases of a folder or datalist and recognise its layout (the module's table has them).
+
+    Names decide; headers are read of 4-D files only, and voxels only where no name tells the label. What the volumes
+    hold is for :func:`monai_cggm.discovery.survey_cases`. Volumes are NIfTI, NRRD, MHA, MHD, or a folder with the
+    slices of one DICOM series (SimpleITK reads all but NIfTI).
+
+    Case IDs come from the names of folders and files, never from what a DICOM file says of a person. An ID that is no
+    safe file name is changed, which the notes say.
+
+    Args:
+        source: the folder, or a datalist (``.json``).
+        patterns: modality -> pattern of file names, such as ``{"flair": "*_FLAIR*.nii.gz"}``, in any letter case; one
+            with a ``/`` is for paths below the folder. Only these modalities are used, in this order.
+        label_pattern: the like for the label.
+        modalities: the modalities to use, in this order; words of file names that are no known modality may be among
+            them. For a datalist with one 4-D ``image``: the names of its channels.
+        need_label: whether training cases must have a label.
+        allow_missing: whether cases may lack modalities (one is enough).
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: lists everything that is wrong: an empty folder, 2-D images, two layouts, one modality only, two
+            files for one modality of a case, missing modalities and labels, a ``dataset.json`` that does not fit.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     for file in ("p01_flair.nii.gz", "p01_T1w.nii.gz", "p01_seg.nii.gz"):
+        ...         (Path(name) / file).touch()
+        ...     found = discover(name)
+        >>> found.layout, found.modalities, found.cases[0].case_id
+        ('files', ('flair', 't1'), 'p01')
+    """
+    path = Path(source).expanduser()
+    wanted = {key: pattern for key, pattern in (patterns or {}).items()}
+    unsafe = [key for key in wanted if modality_of(key) != key]
+    if unsafe:
+        raise DataError([f"{some(unsafe)}: expected names of modalities such as {some(map(modality_of, unsafe))}"])
+    draft = _draft(path, wanted, label_pattern, modalities, need_label)
+    if draft.problems:
+        raise DataError(draft.problems)
+    order = _order(draft, modalities, path)
+    cases = [
+        replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in draft.cases
+    ]
+    lacking = [case for case in cases if not case.images]
+    cases, renamed = _with_safe_ids([case for case in cases if case.images])
+    problems = _missing(cases, order, path, need_label, allow_missing)
+    if problems:
+        raise DataError(problems)
+    notes = [*draft.notes, *renamed]
+    if lacking:
+        notes.append(f"Left out: {len(lacking)} cases with no modality: {some(case.case_id for case in lacking)}.")
+    notes.append(f"{len(cases)} cases of {len({case.patient for case in cases})} patients.")
+    if draft.layout in ("folders", "files", "bids") and not (wanted or modalities):
+        notes.append(f"Modalities in alphabetical order: {', '.join(order)}.")
+    if any(volume.kind == "dicom" for case in cases for volume in case.images.values()):
+        notes.append("Case IDs are names of folders: see that none of them is the name of a person.")
+    notes += [f"{key} is missing in {_of_cases(cases, key)}." for key in order if _lacking(cases, key)]
+    return Found(path, draft.layout, order, tuple(cases), draft.label_names, tuple(notes))
+
+
+def _draft(
+    path: Path,
+    patterns: Mapping[str, str],
+    label_pattern: str | None,
+    modalities: Sequence[str] | None,
+    need_label: bool,
+) -> Draft:
+    if path.is_file() and path.name == DATASET and described_dataset(path.parent):
+        path = path.parent
+    if path.is_file() and path.suffix.lower() == ".json":
+        return read_datalist(path, modalities)
+    if not path.is_dir():
+        found = "is neither a folder nor a .json file" if path.exists() else "does not exist"
+        raise DataError([f"{path} {found}: expected a folder of cases or a datalist (.json)"])
+    listing = list_volumes(path)
+    described = described_dataset(path)
+    bids = is_bids(listing, path)
+    _refuse_two_layouts(path, described is not None, bids, listing)
+    if described is not None and not patterns:
+        return read_dataset_json(described, path)
+    if not listing.volumes:
+        raise DataError([_empty(path, listing)])
+    if bids:
+        return read_bids(listing, path, patterns=patterns, label_pattern=label_pattern)
+    draft = recognise(
+        listing.volumes,
+        path,
+        vocabulary=vocabulary_of(modalities or ()),
+        patterns=patterns,
+        label_pattern=label_pattern,
+        wanted=[modality_of(name) for name in modalities or ()],
+        need_label=need_label,
+    )
+    if not draft.cases:
+        names = some(sorted({volume.path.name for volume in listing.volumes}))
+        draft.problems.append(
+            f"no modality in {path}: its {len(listing.volumes)} volumes have names that tell none ({names}); give "
+            "patterns, such as flair=*FLAIR*"
+        )
+    return draft
+
+
+def _empty(path: Path, listing: Listing) -> str:
+    if listing.pictures:
+        names = some(picture.name for picture in listing.pictures)
+        return f"{path} holds 2-D images only ({names}), expected 3-D volumes"
+    return f"{path} holds no volume: expected NIfTI, NRRD, MHA or DICOM files in it or below it"
+
+
+def _refuse_two_layouts(path: Path, described: bool, bids: bool, listing: Listing) -> None:
+    if described and bids:
+        raise DataError(
+            [f"{path} looks like two layouts: nnU-Net or Decathlon ({DATASET}) and BIDS (sub-*): give one's folder"]
+        )
+    below = sorted({str(volume.path.relative_to(path).parts[0]) for volume in listing.volumes})
+    several = [name for name in below if not described and described_dataset(path / name)]
+    if several:
+        raise DataError(
+            [f"{path} holds other data sets, each with a {DATASET}: {some(several)}; give the folder of one"]
+        )
+    if not described and "imagesTr" in below:
+        raise DataError(
+            [f"{path} has imagesTr and no {DATASET} with channel_names or modality, which names the channels"]
+        )
+
+
+def _order(draft: Draft, modalities: Sequence[str] | None, path: Path) -> tuple[str, ...]:
+    if modalities:
+        keys = tuple(modality_of(name) for name in modalities)
+        unknown = [name for name, key in zip(modalities, keys, strict=True) if key not in draft.modalities]
+        if unknown:
+            raise DataError([f"no {some(unknown)} in {path}: its modalities are {some(draft.modalities, 20)}"])
+    else:
+        keys = draft.modalities
+    if len(set(keys)) < 2:
+        raise DataError(
+            [f"{path} has one modality only ({some(keys) or 'none'}), expected two or more; give patterns if there are"]
+        )
+    return tuple(dict.fromkeys(keys))
+
+
+def _missing(
+    cases: Sequence[FoundCase], order: Sequence[str], path: Path, need_label: bool, allow_missing: bool
+) -> list[str]:
+    problems = []
+    for key in order:
+        if len(_lacking(cases, key)) == len(cases):
+            problems.append(f"{key} is in no case of {path}")
+        elif _lacking(cases, key) and not allow_missing:
+            problems.append(
+                f"{key} is missing in {_of_cases(cases, key)}: mend the files, leave {key} out, or allow missing "
+                "modalities"
+            )
+    training = [case for case in cases if case.section != "test"]
+    without = [case for case in training if case.label is None]
+    if need_label and len(without) == len(training):
+        problems.append(
+            f"no case in {path} has a label: expected a file with seg, mask, label or lesion in its name; give a label "
+            "pattern, such as *expert*"
+        )
+    elif need_label and without:
+        problems.append(f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}")
+    return problems
+
+
+def _lacking(cases: Sequence[FoundCase], key: str) -> list[FoundCase]:
+    return [case for case in cases if key not in case.images]
+
+
+def _of_cases(cases: Sequence[FoundCase], key: str) -> str:
+    lacking = _lacking(cases, key)
+    return f"{len(lacking)} of {len(cases)} cases: {_named(lacking)}"
+
+
+def _named(cases: Sequence[FoundCase]) -> str:
+    return some([f"{case.case_id} ({case.place})" for case in cases[:10]] + [c.case_id for c in cases[10:]], 10)
+
+
+def _with_safe_ids(cases: Sequence[FoundCase]) -> tuple[list[FoundCase], list[str]]:
+    """Cases with IDs that can be file names; the notes say which were changed."""
+    counts = Counter(case.case_id for case in cases)
+    repeated = [case_id for case_id, count in counts.items() if count > 1]
+    if repeated:
+        places = {name: some(case.place for case in cases if case.case_id == name) for name in repeated}
+        raise DataError(
+            [f"case {name}: {counts[name]} cases have this ID, expected one ({places[name]})" for name in places]
+        )
+    ids = _safe_names(counts)
+    patients = _safe_names(case.patient for case in cases)
+    changed = [f"{case_id!r} is {safe}" for case_id, safe in ids.items() if safe != case_id]
+    notes = [f"IDs that are no safe file names were changed: {some(changed, 20)}."] if changed else []
+    return [replace(case, case_id=ids[case.case_id], patient=patients[case.patient]) for case in cases], notes
+
+
+def _safe_names(names: Iterable[str]) -> dict[str, str]:
+    """Name -> a name that is a safe file name: the same where it is one, and unique in any letter case otherwise."""
+    distinct = dict.fromkeys(names)
+    safe = {name: name for name in distinct if is_safe_id(name)}
+    taken = {name.casefold() for name in safe}
+    for name in distinct:
+        if name not in safe:
+            plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+            plain = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9._-]+", "_", plain)).strip("._-") or "case"
+            unique, number = plain, 1
+            while unique.casefold() in taken:
+                number += 1
+                unique = f"{plain}_{number}"
+            taken.add(unique.casefold())
+            safe[name] = unique
+    return {name: safe[name] for name in distinct}

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognise cases and modalities by the names of files and folders."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from monai_cggm.data.layouts import LABEL, patient_of
+from monai_cggm.discovery.found import Draft, FoundCase, Source, stem_of
+from monai_cggm.discovery.names import (
+    IGNORED,
+    Vocabulary,
+    fits,
+    key_of,
+    key_of_description,
+    matches_in,
+    slug_of,
+    some,
+    without_words,
+    words_of,
+    written_words,
+)
+from monai_cggm.discovery.sources import has_few_integers, series_description
+from monai_cggm.errors import DataError
+
+#: Folders that say nothing about the case.
+_CONTAINERS = {"image", "images", "img", "imgs", "data", "scan", "scans", "volume", "volumes"}
+_CONTAINERS |= {"nifti", "niftis", "nii", "dicom", "dicoms", "dcm", "raw"}
+_SESSION = re.compile(
+    r"((ses(s|sion)?|visit|tp|time(point)?|week|month|year|baseline|bl|fu|follow[-_ ]?up|pre|post|preop|postop)"
+    r"[-_ ]?\d{0,8}|ses-\w+|(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A volume and what its name says."""
+
+    source: Source
+    key: str | None
+    name: str  # of the file without endings, or of the series' folder
+    used: frozenset[int]  # the words of the name that name the key
+    words: str  # these, as they are written; where the key is from a folder or a header, that
+    folders: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def rest(self) -> list[str]:
+        """The other words of the name, in lower case."""
+        return [word for index, word in enumerate(words_of(self.name)) if index not in self.used]
+
+
+def recognise(
+    volumes: Sequence[Source],
+    root: Path,
+    *,
+    vocabulary: Vocabulary,
+    patterns: Mapping[str, str] | None = None,
+    label_pattern: str | None = None,
+    wanted: Collection[str] = (),
+    need_label: bool = True,
+) -> Draft:
+    """Make cases of volumes by the names of their files and folders: a folder a case, or ``ID_modality`` side by side.
+
+    A volume's key comes from its own name, else from the nearest folder that names one, else, for DICOM, from what the
+    series says of its sequence. Patterns go before all that. Where no name tells the label, a file that recurs and
+    holds few whole numbers is it; where names tell less than two modalities, files that recur are the modalities.
+
+    Args:
+        volumes: what lies below ``root``.
+        root: the folder.
+        vocabulary: words that name keys.
+        patterns: modality -> pattern of file names (of paths below ``root``, where it holds a ``/``), in any letter
+            case; then nothing else is a modality.
+        label_pattern: the like for the label; then nothing else is the label.
+        wanted: the modalities of interest, where these are not all.
+        need_label: whether to look for a label that no name tells.
+
+    Returns:
+        The cases, without any judgement but on names that fit two keys and keys that two files fit.
+
+    Raises:
+        DataError: where some cases are folders and others are files side by side.
+    """
+    names = [words_of(stem_of(volume)) for volume in volumes]
+    constant = Counter(names[0])
+    for words in names[1:]:
+        constant &= Counter(words)
+    chosen = {**(patterns or {}), **({LABEL: label_pattern} if label_pattern else {})}
+    named = [_name(volume, root, vocabulary, constant, chosen, only=bool(patterns)) for volume in volumes]
+    notes: list[str] = []
+    named = _settle_strangers(named, notes, need_label=need_label, modalities=not patterns)
+    labels_told = sum(item.key == LABEL for item in named)
+    if labels_told and not label_pattern:
+        named = _settle_labels(named, notes)
+    problems = [
+        f"{item.source.path} may be {' or '.join(item.doubts)} by its name: give patterns, such as "
+        f"{item.doubts[0]}=*{item.doubts[0].upper()}*"
+        for item in named
+        if item.doubts
+    ]
+    if wanted:
+        named = [item if item.key in {*wanted, LABEL} else replace(item, key=None) for item in named]
+    kept = [item for item in named if item.key not in (None, IGNORED)]
+    notes += _notes_on(named, chosen)
+    groups, layout = _cases(kept, root, notes)
+    if layout == "folders":
+        ids, more = _folder_ids(list(groups))
+    else:
+        ids, more = _file_ids(list(groups)), []
+    cases = []
+    for place, items in groups.items():
+        case, found = _case(*ids[place], items, root)
+        cases.append(case)
+        problems += found
+    modalities = tuple(patterns) if patterns else tuple(sorted({k for case in cases for k in case.images}))
+    return Draft(layout, cases, modalities, notes=[*notes, *more], problems=problems)
+
+
+def _name(
+    source: Source,
+    root: Path,
+    vocabulary: Vocabulary,
+    constant: Mapping[str, int],
+    patterns: Mapping[str, str],
+    *,
+    only: bool,
+) -> _Named:
+    name = stem_of(source) if source.path != root else root.name
+    parts = source.path.relative_to(root).parts[:-1]
+    fitting = [key for key, pattern in patterns.items() if fits(source.path, root, pattern)]
+    if fitting:
+        literal = set(words_of(" ".join(patterns[key] for key in fitting)))
+        used = frozenset(index for index, word in enumerate(words_of(name)) if word in literal)
+        key, doubts = (fitting[0], ()) if len(fitting) == 1 else (None, tuple(fitting))
+        return _Named(source, key, name, used, patterns[fitting[0]], _folders(parts, vocabulary), doubts)
+    key, used, doubts = key_of(name, vocabulary, constant)
+    words = " ".join(match[0] for index, match in enumerate(written_words(name)) if index in used)
+    if key is None and not doubts:
+        for part in reversed(parts):
+            key, _, _ = key_of(part, vocabulary)
+            if key is not None:
+                words = f"folder {part}"
+                break
+    if key is None and not doubts and source.kind == "dicom":
+        key = key_of_description(series_description(source.path), vocabulary)
+        words = "the series' description"
+    if (only and key != LABEL) or (LABEL in patterns and key == LABEL):
+        key, doubts = None, ()
+    return _Named(source, key, name, used, words, _folders(parts, vocabulary), doubts)
+
+
+def _folders(parts: Sequence[str], vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The folders above a file without what they say of its key: ``p01/FLAIR`` and ``images/p01`` are ``p01``."""
+    left = []
+    for part in parts:
+        used = {index for _, indices in matches_in(words_of(part), vocabulary) for index in indices}
+        used |= {index for index, word in enumerate(words_of(part)) if word in _CONTAINERS}
+        if len(used) < len(words_of(part)) or not used:
+            left.append((without_words(part, used) or part) if used else part)
+    return tuple(left)
+
+
+def _settle_strangers(named: list[_Named], notes: list[str], *, need_label: bool, modalities: bool) -> list[_Named]:
+    """Give keys to files that recur under a name that nobody knows, where the known ones leave a gap."""
+    told = {item.key for item in named} - {None, IGNORED}
+    lacks_label = need_label and LABEL not in told
+    lacks_modality = modalities and len(told - {LABEL}) < 2
+    if not (lacks_label or lacks_modality):
+        return named
+    known = {word for item in named if item.key for word in item.rest}
+    groups: dict[str, list[_Named]] = defaultdict(list)
+    for item in named:
+        if item.key is None and not item.doubts:
+            own = known | {word for part in item.folders for word in words_of(part)}
+            words = [word for word in item.rest if word not in own]
+            if not item.folders:
+                words = words[-1:]  # side by side, the ID stands in front
+            if words:
+                groups["_".join(words)].append(item)
+    groups = {name: items for name, items in groups.items() if len(items) > 1 or _is_one_case(named)}
+    few = [name for name, items in groups.items() if has_few_integers(items[0].source)] if lacks_label else []
+    if len(few) > 1:
+        raise DataError(
+            [
+                f"no file name tells the label, and {some(few)} all hold few whole numbers (such as "
+                f"{groups[few[0]][0].source.path}): give a label pattern, such as *{few[0]}*"
+            ]
+        )
+    keys = {name: LABEL for name in few}
+    if lacks_modality:
+        keys |= {name: slug_of(name) for name in groups if name not in few}
+    for name, key in keys.items():
+        why = "it holds few whole numbers" if key == LABEL else "it recurs, and no known modality is named"
+        notes.append(f"{key}: files named *{name}*, because {why}.")
+    renamed = {id(item): _settled(item, keys[name]) for name, items in groups.items() if name in keys for item in items}
+    return [renamed.get(id(item), item) for item in named]
+
+
+def _is_one_case(named: Sequence[_Named]) -> bool:
+    places = {item.folders for item in named if item.folders}
+    keys = Counter(item.key for item in named if item.key)
+    return len(places) == 1 if places else max(keys.values(), default=len(named)) == 1
+
+
+def _settled(item: _Named, key: str) -> _Named:
+    words = words_of(item.name)
+    used = {len(words) - 1} if not item.folders else set(range(len(words)))
+    return replace(item, key=key, used=frozenset(used), words=item.name)
+
+
+def _settle_labels(named: list[_Named], notes: list[str]) -> list[_Named]:
+    """Where several kinds of files are labels by name, keep the one that holds few whole numbers."""
+    # Words of the modalities' names are an ID's, or say nothing.
+    known = {word for item in named if item.key not in (None, LABEL) for word in item.rest}
+    kinds: dict[tuple[str, ...], list[_Named]] = defaultdict(list)
+    for item in named:
+        if item.key == LABEL:
+            own = known | {word for part in item.folders for word in words_of(part)}
+            kinds[tuple(w for w in [item.words.lower(), *item.rest] if w not in own and not w.isdigit())].append(item)
+    rivals = Counter(item.folders for item in named if item.key == LABEL)
+    if len(kinds) < 2 or max(rivals.values()) < 2 or min(map(len, kinds.values())) < 2:
+        return named
+    good = [kind for kind, items in kinds.items() if has_few_integers(items[0].source)]
+    if len(good) != 1:
+        return named
+    dropped = {id(item) for kind, items in kinds.items() if kind != good[0] for item in items}
+    notes.append(
+        f"label: files such as {kinds[good[0]][0].source.path.name}; {len(dropped)} others that are labels by name do "
+        "not hold few whole numbers."
+    )
+    return [replace(item, key=IGNORED) if id(item) in dropped else item for item in named]
+
+
+def _notes_on(named: Sequence[_Named], patterns: Mapping[str, str]) -> list[str]:
+    by_key: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in named:
+        if item.key not in (None, IGNORED):
+            by_key[str(item.key)][patterns.get(str(item.key), item.words)] += 1
+    order = sorted(by_key, key=lambda key: (key == LABEL, key))
+    notes = [
+        f"{key}: {sum(by_key[key].values())} files, by "
+        + some([words if " " in words or words in patterns.values() else f"*{words}*" for words in by_key[key]])
+        + "."
+        for key in order
+    ]
+    strangers = [item.source.path.name for item in named if item.key in (None, IGNORED) and not item.doubts]
+    if strangers:
+        notes.append(f"Ignored: {len(strangers)} volumes that are no modality by name: {some(strangers)}.")
+    return notes
+
+
+def _cases(items: Sequence[_Named], root: Path, notes: list[str]) -> tuple[dict[tuple[str, ...], list[_Named]], str]:
+    """Group volumes into cases: by folder, or by what their names share."""
+    flat_ids = _flat_ids(items)
+    buckets: dict[tuple[str, ...], list[_Named]] = defaultdict(list)
+    for item in items:
+        buckets[item.folders].append(item)
+    folders: dict[tuple[str, ...], list[_Named]] = {}
+    flat: dict[tuple[str, ...], list[_Named]] = {}
+    strays: list[_Named] = []
+    for place, members in buckets.items():
+        groups: dict[str, list[_Named]] = defaultdict(list)
+        for item in members:
+            groups[flat_ids[id(item)]].append(item)
+        paired = sum(len({item.key for item in group}) > 1 for name, group in groups.items() if name)
+        distinct = len({item.key for item in members}) == len(members)
+        side_by_side = paired * 2 >= len(groups) and not distinct
+        if place and not side_by_side:
+            folders[place] = members
+        elif len(buckets) == 1 and distinct and paired != len(groups):
+            folders[(root.resolve().name,)] = members  # the folder of one case
+        elif place or side_by_side or len(buckets) == 1:
+            flat |= {(*place, name or root.resolve().name): group for name, group in groups.items()}
+        else:  # beside folders of cases: a whole case, or a template and the like
+            flat |= {(name,): group for name, group in groups.items() if name and len({i.key for i in group}) > 1}
+            strays += [item for name, group in groups.items() if (name,) not in flat for item in group]
+    if folders and flat:
+        one, other = next(iter(folders.values()))[0].source.path, next(iter(flat.values()))[0].source.path
+        raise DataError(
+            [
+                f"{root} looks like two layouts: a folder a case ({one.parent}), and files side by side ({other}); "
+                "give the folder of one of them"
+            ]
+        )
+    if strays:
+        notes.append(f"Ignored: {len(strays)} volumes that are in no case: {some(i.source.path.name for i in strays)}.")
+    return (folders, "folders") if folders else (flat, "files")
+
+
+def _flat_ids(items: Sequence[_Named]) -> dict[int, str]:
+    """What is left of a name without what names the modality: ``p01`` of ``p01_T1_reg``, where all T1 are ``_reg``."""
+    rests: dict[str | None, list[set[str]]] = defaultdict(list)
+    for item in items:
+        rests[item.key].append(set(item.rest))
+    shared = set.intersection(*(rest for of_key in rests.values() for rest in of_key)) if rests else set()
+    ending = {k: set.intersection(*of_key) - shared if len(of_key) > 1 else set() for k, of_key in rests.items()}
+    ids = {}
+    for item in items:
+        words = words_of(item.name)
+        drop = item.used | {i for i, word in enumerate(words) if word in ending[item.key]}
+        ids[id(item)] = without_words(item.name, drop)
+    return ids
+
+
+def _file_ids(places: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Place -> ID and patient of cases whose files lie side by side."""
+    unique = max(Counter(place[-1] for place in places).values(), default=1) == 1
+    ids = {place: place[-1] if unique else "_".join(place) for place in places}
+    return {place: (case_id, patient_of(case_id)) for place, case_id in ids.items()}
+
+
+def _folder_ids(
+    places: Sequence[tuple[str, ...]],
+) -> tuple[dict[tuple[str, ...], tuple[str, str]], list[str]]:
+    """Place -> ID and patient. A folder of time points is one patient."""
+    names = list(places)
+    while len(names) > 1 and min(map(len, names)) > 1 and len({name[-1] for name in names}) == 1:
+        names = [name[:-1] for name in names]  # p01/anat, p02/anat
+    leaves = Counter(name[-1] for name in names)
+    parents: Counter[tuple[str, ...]] = Counter(name[:-1] for name in names)
+    few = len(parents) > 2 and max(parents.values()) <= 12  # HGG/HGG_001 is no patient's folder
+    unique = max(leaves.values(), default=1) == 1
+    distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
+    ids: dict[tuple[str, ...], tuple[str, str]] = {}
+    above = []
+    for place, name in zip(places, names, strict=True):
+        case_id = name[-1] if unique else "_".join(name)
+        session = len(name) > 1 and (
+            _SESSION.fullmatch(name[-1]) is not None
+            or (name[-1].startswith(name[-2]) and few)
+            # As many folders above as different names below, or more: the names below are visits, not patients.
+            or (not unique and len(parents) >= len(leaves))
+        )
+        patient = name[-2:][0] if distinct else "_".join(name[:-1])
+        ids[place] = case_id, patient if session else patient_of(case_id)
+        above += [ids[place][1]] if session else []
+    if above:
+        return ids, [f"A patient's cases are in one folder, by its name ({some(sorted(set(above)), 3)})."]
+    return ids, []
+
+
+def _case(case_id: str, patient: str, items: Sequence[_Named], root: Path) -> tuple[FoundCase, list[str]]:
+    by_key: dict[str, list[_Named]] = defaultdict(list)
+    for item in items:
+        by_key[str(item.key)].append(item)
+    problems = []
+    for key, rivals in by_key.items():
+        if len(rivals) > 1:
+            first = stem_of(rivals[0].source)
+            problems.append(
+                f"case {case_id}: {len(rivals)} files may be {key}: "
+                f"{some(item.source.path.relative_to(root) for item in rivals)}; choose with a pattern for {key}, "
+                f"such as *{first[-24:]}*"
+            )
+    images = {key: by_key[key][0].source for key in sorted(by_key) if key != LABEL}
+    label = by_key[LABEL][0].source if LABEL in by_key else None
+    place = items[0].source.path.parent
+    return FoundCase(case_id, patient, images, label, place=str(place)), problems

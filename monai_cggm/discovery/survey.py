@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what a discovered data set holds: grids, label values, and what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from monai_cggm.data.checks import geometry_problems
+from monai_cggm.data.layouts import LABEL
+from monai_cggm.discovery.found import Found, FoundCase, Source
+from monai_cggm.discovery.sources import Grid, read_grid, read_volumes
+from monai_cggm.errors import DataError
+
+#: How many different values a label may have.
+MOST_LABELS = 256
+
+
+@dataclass(frozen=True)
+class CaseSurvey:
+    """What one case holds.
+
+    Attributes:
+        case_id: the case's ID.
+        shape: voxels along each axis, of the first volume that could be read; None where none could.
+        spacing: voxel size in mm.
+        orientation: where the axes point to, such as ``"RAS"`` or ``"LPS"``.
+        label_values: value -> voxels, in the label.
+        missing: modalities that it lacks.
+        problems: one line each, empty where the case is fine.
+    """
+
+    case_id: str
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    orientation: str | None = None
+    label_values: Mapping[int, int] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all cases hold.
+
+    Attributes:
+        cases: one survey a case, in the order of the cases found.
+
+    Example:
+        >>> one = CaseSurvey("p01", (4, 4, 3), (1.0, 1.0, 2.0), "RAS", {0: 40, 1: 8})
+        >>> survey = Survey((one, CaseSurvey("p02", (4, 4, 3), (1.0, 1.0, 2.0), "RAS", {0: 48})))
+        >>> survey.shapes, survey.label_values, survey.label_cases
+        ({(4, 4, 3): 2}, {0: 88, 1: 8}, {0: 2, 1: 1})
+    """
+
+    cases: tuple[CaseSurvey, ...]
+
+    @property
+    def shapes(self) -> dict[tuple[int, ...], int]:
+        """Shape -> cases, the most frequent first."""
+        return dict(Counter(case.shape for case in self.cases if case.shape).most_common())
+
+    @property
+    def spacings(self) -> dict[tuple[float, ...], int]:
+        """Voxel size in mm (to a micrometre) -> cases, the most frequent first."""
+        return dict(Counter(case.spacing for case in self.cases if case.spacing).most_common())
+
+    @property
+    def orientations(self) -> dict[str, int]:
+        """Orientation -> cases, the most frequent first."""
+        return dict(Counter(case.orientation for case in self.cases if case.orientation).most_common())
+
+    @property
+    def label_values(self) -> dict[int, int]:
+        """Value in the labels -> voxels over all cases."""
+        totals: Counter[int] = Counter()
+        for case in self.cases:
+            totals.update(case.label_values)
+        return dict(sorted(totals.items()))
+
+    @property
+    def label_cases(self) -> dict[int, int]:
+        """Value in the labels -> cases that have it."""
+        return dict(sorted(Counter(value for case in self.cases for value in case.label_values).items()))
+
+    @property
+    def missing(self) -> dict[str, tuple[str, ...]]:
+        """Modality -> cases that lack it."""
+        keys = sorted({key for case in self.cases for key in case.missing})
+        return {key: tuple(case.case_id for case in self.cases if key in case.missing) for key in keys}
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All problems, each with its case."""
+        return tuple(f"case {case.case_id}: {problem}" for case in self.cases for problem in case.problems)
+
+    @property
+    def bad_cases(self) -> tuple[str, ...]:
+        """The cases with problems: ``found.without(survey.bad_cases)`` are the others."""
+        return tuple(case.case_id for case in self.cases if case.problems)
+
+
+def survey_cases(found: Found, *, workers: int = 0, progress: bool = True, skip_bad: bool = False) -> Survey:
+    """Read every volume's header and every label's voxels.
+
+    A case's volumes must have one grid: shape, orientation, and the place of every voxel to
+    :data:`monai_cggm.data.checks.AFFINE_TOLERANCE`. Labels must be whole numbers, none negative, at most
+    :data:`MOST_LABELS` of them, and where the data set names its labels, these.
+
+    Args:
+        found: see :func:`monai_cggm.discovery.discover`.
+        workers: threads (0 and 1 are the same); each holds one label volume.
+        progress: show a progress bar.
+        skip_bad: return a survey that lists problems, instead of failing.
+
+    Returns:
+        The survey.
+
+    Raises:
+        DataError: lists every problem of every case, unless ``skip_bad``.
+    """
+    with (
+        ThreadPoolExecutor(max(workers, 1)) as pool,
+        tqdm(total=len(found.cases), desc="Looking at cases", unit="case", disable=not progress) as bar,
+    ):
+        cases = []
+        for one in pool.map(lambda case: _survey_case(case, found), found.cases):
+            cases.append(one)
+            bar.update()
+    survey = Survey(tuple(cases))
+    problems = list(survey.problems)
+    if not problems and survey.label_values and set(survey.label_values) == {0}:
+        problems = [f"the labels of {found.source} hold 0 only: is the right file the label?"]
+    if problems and not skip_bad:
+        raise DataError(problems)
+    return survey
+
+
+def label_counts(source: Source) -> dict[int, int]:
+    """Count the voxels of each value of a label.
+
+    Raises:
+        ValueError: says what is wrong with it: unreadable, NaN, values that are no whole numbers, negative ones, too
+            many different ones.
+    """
+    array = read_volumes(source)[0]
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"holds {array.dtype} voxels, expected whole numbers")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("has NaN or infinite voxels, expected whole numbers")
+    channel = array[..., source.channel or 0]
+    values, counts = np.unique(channel, return_counts=True)
+    bad = [float(value) for value in values if float(value) != int(value)]
+    if bad:
+        shown = ", ".join(f"{value:g}" for value in bad[:3])
+        raise ValueError(f"has values that are no whole numbers ({shown}): is it a probability map, or interpolated?")
+    if values[0] < 0:
+        raise ValueError(f"has negative values ({int(values[0])}), expected 0 for the background and more for the rest")
+    if len(values) > MOST_LABELS:
+        raise ValueError(f"has {len(values)} different values, expected at most {MOST_LABELS}: is it an image?")
+    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _survey_case(case: FoundCase, found: Found) -> CaseSurvey:
+    grids: dict[str, Grid] = {}
+    problems: list[str] = []
+    for key, source in case.sources().items():
+        try:
+            grids[key] = read_grid(source)
+        except ValueError as error:
+            problems.append(f"{key} {error} ({source.path})")
+    problems += _grid_problems(grids, {key: source.path for key, source in case.sources().items()})
+    counts: dict[int, int] = {}
+    if case.label is not None and LABEL in grids:
+        try:
+            counts = label_counts(case.label)
+        except ValueError as error:
+            problems.append(f"{LABEL} {error} ({case.label.path})")
+        unknown = sorted(set(counts) - set(found.label_names)) if found.label_names else []
+        if unknown:
+            problems.append(f"{LABEL} has values {unknown} that dataset.json does not name ({case.label.path})")
+    first = next(iter(grids.values()), None)
+    return CaseSurvey(
+        case.case_id,
+        first.shape if first else None,
+        _spacing(first) if first else None,
+        _orientation(first) if first else None,
+        counts,
+        tuple(key for key in found.modalities if key not in case.images),
+        tuple(problems),
+    )
+
+
+def _grid_problems(grids: Mapping[str, Grid], paths: Mapping[str, Path]) -> list[str]:
+    differing = geometry_problems({key: (grid.shape, grid.affine) for key, grid in grids.items()})
+    first = next(iter(grids), "")
+    problems = []
+    for key, problem in differing.items():
+        one, other = _orientation(grids[key]), _orientation(grids[first])
+        turned = f" (it lies {one}, {first} {other})" if one != other else ""
+        problems.append(
+            f"{key} has {problem}{turned} ({paths[key]}); bring all volumes of a case to one grid first: "
+            "monai-cggm align"
+        )
+    return problems
+
+
+def _spacing(grid: Grid) -> tuple[float, ...]:
+    return tuple(round(float(size), 3) for size in np.linalg.norm(grid.affine[:3, :3], axis=0))
+
+
+def _orientation(grid: Grid) -> str:
+    return "".join(code or "?" for code in nib.aff2axcodes(grid.affine))

@@ -1,0 +1,621 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders as people keep them: what is recognised, and what is said where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from monai_cggm.data.layouts import find_cases, is_safe_id
+from monai_cggm.discovery import Found, discover
+from monai_cggm.discovery.names import key_of, modality_of, slug_of, vocabulary_of
+from monai_cggm.errors import DataError
+
+SHAPE = (5, 4, 3)
+AFFINE = np.array([[-1.5, 0, 0, 20], [0, 2, 0, -30], [0, 0, 3, 7], [0, 0, 0, 1.0]])
+
+
+def touch(*paths: Path) -> None:
+    """Make empty files: where names tell everything, none is opened."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def image(path: Path, *, seed: int = 0, shape: tuple[int, ...] = SHAPE, affine: np.ndarray = AFFINE) -> np.ndarray:
+    """Write a NIfTI file of random floats."""
+    voxels = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return volume(path, voxels, affine)
+
+
+def volume(path: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE, descrip: str = "") -> np.ndarray:
+    """Write a NIfTI file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = nib.Nifti1Image(voxels, affine)
+    written.header["descrip"] = descrip
+    nib.save(written, path)
+    return voxels
+
+
+def label(path: Path, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Write a label of 0, 1 and 2."""
+    voxels = np.zeros(shape, np.uint8)
+    voxels[1:3, 1, 1] = 1
+    voxels[3, 2, 1] = 2
+    return volume(path, voxels)
+
+
+def dataset_json(folder: Path, content: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def names(found: Found) -> dict[str, dict[str, str]]:
+    """Case -> key -> path below the source."""
+    return {
+        case.case_id: {key: str(source.path.relative_to(found.source)) for key, source in case.sources().items()}
+        for case in found.cases
+    }
+
+
+def problem(*arguments: Any, **options: Any) -> str:
+    """The message of the error that a folder gets."""
+    with pytest.raises(DataError) as error:
+        discover(*arguments, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("FLAIR", "flair"),
+        ("p01_T2_FLAIR", "flair"),
+        ("t2f", "flair"),
+        ("T1ce", "t1ce"),
+        ("x-T1Gd", "t1ce"),
+        ("T1WKS", "t1ce"),
+        ("t1c", "t1ce"),
+        ("T1_post", "t1ce"),
+        ("post-T1", "t1ce"),
+        ("T1w", "t1"),
+        ("T2W", "t2"),
+        ("adc", "adc"),
+        ("scan_DWI_b1000", "dwi"),
+        ("PET", "pet"),
+        ("CTres", "ctres"),
+        ("T1_to_FLAIR", "t1"),
+        ("sub_space-T1w_FLAIR", "flair"),
+        ("FLAIR_seg", "label"),
+        ("consensus_gt", "label"),
+        ("GOLD_STANDARD_N4", "label"),
+        ("lesion-mask", "label"),
+        ("brain_mask", "(ignored)"),
+        ("T1_brainmask", "(ignored)"),
+        ("T1_T2", None),
+        ("masked", None),
+        ("patient7", None),
+    ],
+)
+def test_words_that_name_a_key(name: str, key: str | None) -> None:
+    assert key_of(name, vocabulary_of())[0] == key
+
+
+def test_words_that_all_names_have_decide_nothing() -> None:
+    assert key_of("PET_07_ct", vocabulary_of())[0] is None
+    assert key_of("PET_07_ct", vocabulary_of(), {"pet": 1})[0] == "ct"
+    assert key_of("PET_07_pet", vocabulary_of(), {"pet": 1})[0] == "pet"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("$import os", "import_os"),
+        ("@x", "x"),
+        ("%a::b", "a_b"),
+        ("image", "image_1"),
+        ("type", "type_1"),
+        ("β", "modality"),
+    ],
+)
+def test_names_of_modalities_are_safe_in_a_configuration(name: str, key: str) -> None:
+    assert modality_of(name) == key
+    assert modality_of(key) == key
+    assert slug_of(key) == key
+
+
+def test_real_ms_lesions(real_data: Path) -> None:
+    folder = real_data / "ms_lesions"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ms_lesions among the real cases")
+    found = discover(folder)
+    assert (found.layout, found.modalities) == ("folders", ("flair", "t1", "t1ce", "t2"))
+    assert list(names(found)) == ["patient07", "patient19", "patient26"]
+    ending = "_N4_noneck_reduced_winsor_regtoFLAIR_brain_N4_regtoMNI.nii.gz"
+    for case, files in names(found).items():
+        assert files == {
+            "flair": f"{case}/FLAIR{ending}",
+            "t1": f"{case}/T1{ending}",
+            "t1ce": f"{case}/T1POST{ending}",
+            "t2": f"{case}/T2{ending}",
+            "label": f"{case}/GOLD_STANDARD_N4_noneck_reduced_winsor_regtoFLAIR_regtoMNI.nii.gz",
+        }
+    # One patient's folder alone is that one case.
+    alone = discover(folder / "patient07")
+    assert (alone.layout, [case.case_id for case in alone.cases]) == ("folders", ["patient07"])
+    assert alone.modalities == found.modalities
+
+
+def test_folders_with_notes(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        for name in ("FLAIR_reg", "T1_reg_N4", "brain_mask", "expert_seg"):
+            touch(tmp_path / "site" / case / f"{name}.nii.gz")
+    found = discover(tmp_path)
+    assert found.layout == "folders"
+    assert names(found)["b"] == {
+        "flair": "site/b/FLAIR_reg.nii.gz",
+        "t1": "site/b/T1_reg_N4.nii.gz",
+        "label": "site/b/expert_seg.nii.gz",
+    }
+    notes = " ".join(found.notes)
+    assert "flair: 2 files, by *FLAIR*." in notes
+    assert "Ignored: 2 volumes" in notes
+    assert "brain_mask.nii.gz" in notes
+    assert "alphabetical order: flair, t1" in notes
+
+
+def test_a_template_beside_the_cases(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("flair", "t1", "seg")))
+    touch(tmp_path / "T1_template.nii.gz")
+    found = discover(tmp_path)
+    assert list(names(found)) == ["a", "b"]
+    assert "Ignored: 1 volumes that are in no case: T1_template.nii.gz." in found.notes
+    assert "2 cases of 2 patients." in found.notes
+
+
+def test_files_side_by_side(tmp_path: Path) -> None:
+    for case in ("p01", "p-02"):
+        touch(*(tmp_path / f"{case}_{name}.nii.gz" for name in ("T1_reg", "flair", "seg_final")))
+    found = discover(tmp_path)
+    assert found.layout == "files"
+    assert names(found)["p-02"] == {
+        "flair": "p-02_flair.nii.gz",
+        "t1": "p-02_T1_reg.nii.gz",
+        "label": "p-02_seg_final.nii.gz",
+    }
+    assert list(names(found)) == ["p-02", "p01"]
+
+
+def test_images_and_labels_in_folders_of_their_own(tmp_path: Path) -> None:
+    for case in ("p01", "p02"):
+        touch(
+            tmp_path / f"images/{case}_ct.nrrd", tmp_path / f"images/{case}_pet.nrrd", tmp_path / f"labels/{case}.nrrd"
+        )
+    found = discover(tmp_path)
+    assert names(found)["p02"] == {
+        "ct": "images/p02_ct.nrrd",
+        "pet": "images/p02_pet.nrrd",
+        "label": "labels/p02.nrrd",
+    }
+    assert {source.kind for case in found.cases for source in case.sources().values()} == {"image"}
+
+
+def test_a_folder_a_modality(tmp_path: Path) -> None:
+    for case in ("p01", "p02"):
+        touch(*(tmp_path / folder / f"{case}.nii.gz" for folder in ("FLAIR", "T1w", "masks")))
+    found = discover(tmp_path)
+    assert names(found)["p01"] == {"flair": "FLAIR/p01.nii.gz", "t1": "T1w/p01.nii.gz", "label": "masks/p01.nii.gz"}
+    assert list(names(found)) == ["p01", "p02"]
+
+
+@pytest.mark.parametrize(
+    ("places", "cases"),
+    [
+        (["p01/ses1", "p01/ses2", "p02/ses1"], {"p01_ses1": "p01", "p01_ses2": "p01", "p02_ses1": "p02"}),
+        (["p01/anat", "p02/anat"], {"p01": "p01", "p02": "p02"}),
+        (
+            ["p01/2019-01-02", "p01/20200304", "p02/20180101"],
+            {"2019-01-02": "p01", "20200304": "p01", "20180101": "p02"},
+        ),
+        (["s/p1/ses1", "s/p1/ses2", "t/p1/ses1"], {"s_p1_ses1": "s_p1", "s_p1_ses2": "s_p1", "t_p1_ses1": "t_p1"}),
+        (["s/p1/2020-01-01", "t/p1/2020-01-02"], {"2020-01-01": "s_p1", "2020-01-02": "t_p1"}),
+        (["s/p1/2020-01-01", "s/p2/2020-01-02"], {"2020-01-01": "p1", "2020-01-02": "p2"}),
+        (["HGG/a", "HGG/b", "LGG/c"], {"a": "a", "b": "b", "c": "c"}),
+        (["A/p1", "A/p2", "A/p3", "B/p1"], {"A_p1": "A_p1", "A_p2": "A_p2", "A_p3": "A_p3", "B_p1": "B_p1"}),
+        (["x/x_1", "x/x_2", "y/y_1", "z/z_1"], {"x_1": "x", "x_2": "x", "y_1": "y", "z_1": "z"}),
+        (["HGG/HGG_1", "HGG/HGG_2"], {"HGG_1": "HGG_1", "HGG_2": "HGG_2"}),
+    ],
+)
+def test_ids_and_patients_of_nested_folders(tmp_path: Path, places: list[str], cases: dict[str, str]) -> None:
+    for place in places:
+        touch(*(tmp_path / place / f"{name}.nii.gz" for name in ("flair", "t1", "seg")))
+    assert {case.case_id: case.patient for case in discover(tmp_path).cases} == cases
+
+
+def test_label_and_modalities_that_no_name_tells(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        image(tmp_path / case / "weighted.nii.gz")
+        image(tmp_path / case / "second.nii.gz", seed=1)
+        label(tmp_path / case / f"reader1_{case}.nii.gz")
+        touch(tmp_path / case / f"unique_{case * 5}.nii.gz")
+    found = discover(tmp_path)
+    assert found.modalities == ("second", "weighted")
+    assert names(found)["b"]["label"] == "b/reader1_b.nii.gz"
+    assert "label: files named *reader1*, because it holds few whole numbers." in found.notes
+
+
+def test_label_that_no_name_tells_side_by_side(tmp_path: Path) -> None:
+    for case in ("p01", "p02"):
+        touch(tmp_path / f"{case}_flair.nii.gz", tmp_path / f"{case}_t1.nii.gz")
+        label(tmp_path / f"{case}_expert.nii.gz")
+    assert names(discover(tmp_path))["p02"]["label"] == "p02_expert.nii.gz"
+
+
+def test_of_two_labels_by_name_the_one_with_whole_numbers(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        touch(tmp_path / case / "flair.nii.gz", tmp_path / case / "t1.nii.gz")
+        image(tmp_path / case / "lesion_probability.nii.gz")
+        label(tmp_path / case / "lesion_consensus.nii.gz")
+    assert names(discover(tmp_path))["a"]["label"] == "a/lesion_consensus.nii.gz"
+
+
+def test_patterns_choose(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        for name in ("T1_raw", "T1_n4", "x_FLAIR", "rater1_mask", "rater2_mask"):
+            touch(tmp_path / case / f"{name}.nii.gz")
+    assert "2 files may be t1: a/T1_n4.nii.gz, a/T1_raw.nii.gz; choose with a pattern" in problem(tmp_path)
+    assert "2 files may be label: a/rater1_mask.nii.gz, a/rater2_mask.nii.gz" in problem(tmp_path)
+    found = discover(tmp_path, patterns={"t1": "*_N4*", "flair": "*/x_*"}, label_pattern="rater2*")
+    assert found.modalities == ("t1", "flair")
+    assert names(found)["a"] == {
+        "t1": "a/T1_n4.nii.gz",
+        "flair": "a/x_FLAIR.nii.gz",
+        "label": "a/rater2_mask.nii.gz",
+    }
+    twice = problem(tmp_path, patterns={"t1": "*T1_n4*", "flair": "*n4*"}, label_pattern="rater2*")
+    assert "a/T1_n4.nii.gz may be t1 or flair by its name" in twice
+    assert "expected names of modalities such as x_y" in problem(tmp_path, patterns={"$x-y": "*"})
+
+
+def test_patterns_side_by_side(tmp_path: Path) -> None:
+    for case in ("p01", "p02"):
+        touch(*(tmp_path / f"{case}_{name}.nii.gz" for name in ("0000", "0001", "seg")))
+    found = discover(tmp_path, patterns={"t2": "*_0000.nii.gz", "adc": "*_0001.nii.gz"})
+    assert names(found)["p02"] == {"t2": "p02_0000.nii.gz", "adc": "p02_0001.nii.gz", "label": "p02_seg.nii.gz"}
+
+
+def test_chosen_modalities_and_their_order(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("flair", "t1", "t2_x", "t2_y", "T1rho", "seg")))
+    assert discover(tmp_path, modalities=["T1rho", "FLAIR"]).modalities == ("t1rho", "flair")
+    assert "no pet in" in problem(tmp_path, modalities=["flair", "pet"])
+    assert "2 files may be t2" in problem(tmp_path)
+
+
+def test_nnunet(tmp_path: Path) -> None:
+    content = {
+        "channel_names": {"1": "T1", "0": "FLAIR", "2": "PET"},
+        "labels": {"background": 0, "lesion": 1, "$danger": 2},
+        "numTraining": 9,
+        "file_ending": ".nii.gz",
+    }
+    dataset_json(tmp_path, content)
+    for case in ("ms_001", "ms_002"):
+        touch(*(tmp_path / f"imagesTr/{case}_{number:04d}.nii.gz" for number in range(3)))
+        touch(tmp_path / f"labelsTr/{case}.nii.gz")
+    touch(*(tmp_path / f"imagesTs/ms_003_{number:04d}.nii.gz" for number in range(3)))
+    found = discover(tmp_path)
+    assert (found.layout, found.modalities) == ("nnunet", ("flair", "t1", "pet"))
+    assert names(found)["ms_002"] == {
+        "flair": "imagesTr/ms_002_0000.nii.gz",
+        "t1": "imagesTr/ms_002_0001.nii.gz",
+        "pet": "imagesTr/ms_002_0002.nii.gz",
+        "label": "labelsTr/ms_002.nii.gz",
+    }
+    assert [case.section for case in found.cases] == ["training", "training", "test"]
+    assert found.label_names == {0: "background", 1: "lesion", 2: "danger"}
+    assert any("says 9 training cases, 2 are here" in note for note in found.notes)
+    assert any("without $, @ and %: danger" in note for note in found.notes)
+    assert discover(tmp_path / "dataset.json").cases == found.cases
+
+
+def test_nnunet_that_does_not_fit(tmp_path: Path) -> None:
+    dataset_json(tmp_path, {"channel_names": {"0": "FLAIR", "1": "T1"}, "labels": {"background": 0}})
+    assert "does not fit the files: there is no volume in" in problem(tmp_path)
+    touch(*(tmp_path / f"imagesTr/{name}.nii.gz" for name in ("a_0000", "a_0001", "b_0000", "b_0007", "c")))
+    touch(*(tmp_path / f"labelsTr/{name}.nii.gz" for name in ("a", "b", "z")))
+    text = problem(tmp_path)
+    assert re.search(r"b_0007.nii.gz fits no channel of dataset.json: expected names that end in _0000, _0001", text)
+    assert re.search(r"c.nii.gz fits no channel", text)
+    assert "1 labels have no image in" in text
+    (tmp_path / "imagesTr/b_0007.nii.gz").unlink()
+    (tmp_path / "imagesTr/c.nii.gz").unlink()
+    (tmp_path / "labelsTr/z.nii.gz").unlink()
+    assert "t1 is missing in 1 of 2 cases: b" in problem(tmp_path)
+    found = discover(tmp_path, allow_missing=True)
+    assert list(names(found)["b"]) == ["flair", "label"]
+    assert any(note.startswith("t1 is missing in 1 of 2 cases: b") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"channel_names": {"a": "FLAIR"}}, "expected numbers with names"),
+        ({"channel_names": {}}, "expected numbers with names"),
+        ({"channel_names": {"0": "CT", "1": "PET"}, "labels": [1]}, "expected values with names"),
+        ({"channel_names": {"0": "CT", "1": "PET"}, "labels": {"x": "y"}}, "expected a whole number and a name"),
+    ],
+)
+def test_dataset_json_that_says_nothing(tmp_path: Path, content: dict[str, Any], text: str) -> None:
+    dataset_json(tmp_path, content)
+    assert text in problem(tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    assert "is no JSON file" in problem(tmp_path)
+
+
+def test_nnunet_with_regions_and_equal_channels(tmp_path: Path) -> None:
+    content = {
+        "channel_names": {"0": "zscore", "1": "zscore"},
+        "labels": {"background": 0, "whole": [1, 2], "core": [2]},
+    }
+    dataset_json(tmp_path, content)
+    touch(tmp_path / "imagesTr/a_0000.mha", tmp_path / "imagesTr/a_0001.mha", tmp_path / "labelsTr/a.mha")
+    found = discover(tmp_path)
+    assert found.modalities == ("zscore_0", "zscore_1")
+    assert found.label_names is None
+    assert any("joins label values to regions" in note for note in found.notes)
+
+
+def test_nnunet_with_files_elsewhere(tmp_path: Path) -> None:
+    touch(*(tmp_path / "other" / name for name in ("a.nii.gz", "b.nii.gz", "c.nii.gz")))
+    entry = {"images": ["../other/a.nii.gz", "../other/b.nii.gz"], "label": "../other/c.nii.gz"}
+    content = {"channel_names": {"0": "CT", "1": "PET"}, "dataset": {"x": entry}}
+    dataset_json(tmp_path / "set", content)
+    (case,) = discover(tmp_path / "set").cases
+    assert {key: source.path.name for key, source in case.sources().items()} == {
+        "ct": "a.nii.gz",
+        "pet": "b.nii.gz",
+        "label": "c.nii.gz",
+    }
+    content["dataset"] = {"x": {"images": ["../other/a.nii.gz"]}, "y": {}}
+    dataset_json(tmp_path / "set", content)
+    text = problem(tmp_path / "set")
+    assert "case x: has 1 images, expected 2" in text
+    assert "case y: expected 'images'" in text
+
+
+def decathlon(folder: Path, channels: int = 4) -> None:
+    content = {
+        "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
+        "labels": {"0": "background", "1": "edema", "2": "tumor"},
+        "training": [
+            {"image": f"./imagesTr/BRATS_00{n}.nii.gz", "label": f"./labelsTr/BRATS_00{n}.nii.gz"} for n in (1, 2)
+        ],
+        "test": ["./imagesTs/BRATS_003.nii.gz"],
+        "numTraining": 2,
+    }
+    dataset_json(folder, content)
+    for number, part in ((1, "Tr"), (2, "Tr"), (3, "Ts")):
+        image(folder / f"images{part}/BRATS_00{number}.nii.gz", seed=number, shape=(*SHAPE, channels))
+        label(folder / f"labels{part}/BRATS_00{number}.nii.gz")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_decathlon(tmp_path: Path, listed: bool) -> None:
+    decathlon(tmp_path)
+    if not listed:
+        content = json.loads((tmp_path / "dataset.json").read_text())
+        dataset_json(tmp_path, {key: content[key] for key in ("modality", "labels")})
+    found = discover(tmp_path)
+    assert (found.layout, found.modalities) == ("msd", ("flair", "t1", "t1ce", "t2"))
+    first = found.cases[0]
+    assert [(source.path.name, source.channel) for source in first.images.values()] == [
+        ("BRATS_001.nii.gz", channel) for channel in range(4)
+    ]
+    assert first.label is not None
+    assert first.label.path.relative_to(tmp_path).parts[-2:] == ("labelsTr", "BRATS_001.nii.gz")
+    assert [(case.case_id, case.section) for case in found.cases] == [
+        ("BRATS_001", "training"),
+        ("BRATS_002", "training"),
+        ("BRATS_003", "test"),
+    ]
+    assert found.label_names == {0: "background", 1: "edema", 2: "tumor"}
+    assert discover(tmp_path, modalities=["t1gd", "flair"]).cases[0].images["t1ce"].channel == 2
+
+
+def test_decathlon_that_does_not_fit(tmp_path: Path) -> None:
+    decathlon(tmp_path, channels=3)
+    (tmp_path / "labelsTr/BRATS_002.nii.gz").unlink()
+    text = problem(tmp_path)
+    assert "case BRATS_001.nii.gz: has 3 channels, dataset.json names 4" in text
+    (tmp_path / "imagesTr/BRATS_002.nii.gz").unlink()
+    assert "./imagesTr/BRATS_002.nii.gz is not there" in problem(tmp_path)
+
+
+def test_bids(tmp_path: Path) -> None:
+    for case in ("sub-01/ses-a", "sub-01/ses-b", "sub-02"):
+        name = case.replace("/", "_")
+        for suffix in ("FLAIR", "T1w", "ce-gadolinium_T1w"):
+            touch(tmp_path / case / "anat" / f"{name}_{suffix}.nii.gz")
+        touch(tmp_path / "derivatives/lesions" / case / "anat" / f"{name}_space-T1w_label-lesion_mask.nii.gz")
+        touch(tmp_path / case / "func" / f"{name}_task-rest_bold.nii.gz")
+        touch(tmp_path / "derivatives/bet" / case / "anat" / f"{name}_desc-brain_mask.nii.gz")
+        touch(tmp_path / "derivatives/bet" / case / "anat" / f"{name}_desc-preproc_T1w.nii.gz")
+    found = discover(tmp_path)
+    assert (found.layout, found.modalities) == ("bids", ("flair", "t1", "t1ce"))
+    assert {case.case_id: case.patient for case in found.cases} == {
+        "sub-01_ses-a": "sub-01",
+        "sub-01_ses-b": "sub-01",
+        "sub-02": "sub-02",
+    }
+    assert names(found)["sub-01_ses-b"] == {
+        "flair": "sub-01/ses-b/anat/sub-01_ses-b_FLAIR.nii.gz",
+        "t1": "sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz",
+        "t1ce": "sub-01/ses-b/anat/sub-01_ses-b_ce-gadolinium_T1w.nii.gz",
+        "label": "derivatives/lesions/sub-01/ses-b/anat/sub-01_ses-b_space-T1w_label-lesion_mask.nii.gz",
+    }
+    touch(tmp_path / "sub-02/anat/sub-02_run-2_FLAIR.nii.gz")
+    text = problem(tmp_path)
+    assert "case sub-02: 2 files may be flair: sub-02/anat/sub-02_FLAIR.nii.gz, sub-02/anat/sub-02_run-2_FLAIR" in text
+    patterns = {"t1": "derivatives/bet/*_desc-preproc_T1w*", "flair": "*sub-0[12]*_FLAIR*"}
+    assert "2 files may be flair" in problem(tmp_path, patterns=patterns)
+    patterns["flair"] = "*[!2]_FLAIR*"
+    with pytest.raises(DataError, match="flair is missing in 1 of 3 cases: sub-02"):
+        discover(tmp_path, patterns=patterns)
+
+
+def test_datalist(tmp_path: Path) -> None:
+    touch(*(tmp_path / "d" / name for name in ("p1_a.nii.gz", "p1_b.nrrd", "m.nii.gz")))
+    entry = {"t2": "d/p1_a.nii.gz", "adc": "d/p1_b.nrrd", "label": "d/m.nii.gz", "site": "A/B", "labels": "brats2018"}
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": [entry], "test": [{**entry, "case": "x", "patient": "y"}]}))
+    found = discover(path)
+    assert (found.layout, found.modalities) == ("datalist", ("t2", "adc"))
+    one, other = found.cases
+    assert (one.case_id, one.patient, one.section, one.convention) == ("p1", "p1", "training", "brats2018")
+    assert (other.case_id, other.patient, other.section) == ("x", "y", "test")
+    assert one.images["adc"].kind == "image"
+    path.write_text(json.dumps({"training": [{"t2": "d/none.nii.gz"}, 3, {"case": 1, "t2": "d/m.nii.gz"}, {"a": "b"}]}))
+    text = problem(path)
+    assert "training[0]: d/none.nii.gz is not there" in text
+    assert "training[1]: is int, expected an object" in text
+    assert "training[2]: 'case' is 1, expected a string" in text
+    assert "training[3]: has keys a, expected one path a modality" in text
+    path.write_text("[]")
+    assert "is no datalist" in problem(path)
+
+
+def test_datalist_with_one_image(tmp_path: Path) -> None:
+    image(tmp_path / "p1.nii.gz", shape=(*SHAPE, 2))
+    touch(tmp_path / "m.nii.gz", tmp_path / "q.nii.gz")
+    path = tmp_path / "list.json"
+    path.write_text(
+        json.dumps(
+            {
+                "training": [
+                    {"image": "p1.nii.gz", "label": "m.nii.gz"},
+                    {"case": "l", "image": ["q.nii.gz", "m.nii.gz"], "label": "m.nii.gz"},
+                ]
+            }
+        )
+    )
+    assert "'image' has 2 channels and nothing names them" in problem(path)
+    assert "'image' has 2 channels and 3 modalities are named" in problem(path, modalities=["a", "b", "c"])
+    first, second = discover(path, modalities=["CT", "PET"]).cases
+    assert first.case_id == "p1"
+    assert [source.channel for source in first.images.values()] == [0, 1]
+    assert {key: source.path.name for key, source in second.images.items()} == {"ct": "q.nii.gz", "pet": "m.nii.gz"}
+
+
+def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
+    assert "does not exist" in problem(tmp_path / "none")
+    assert "holds no volume" in problem(tmp_path)
+    touch(tmp_path / "readme.txt")
+    assert "is neither a folder nor a .json file" in problem(tmp_path / "readme.txt")
+    touch(tmp_path / "a.png", tmp_path / "b.JPG")
+    assert "holds 2-D images only (a.png, b.JPG), expected 3-D volumes" in problem(tmp_path)
+    touch(tmp_path / "volume7.nii.gz", tmp_path / "volume8.nii.gz")
+    assert "no modality in" in problem(tmp_path, need_label=False)
+    assert "volume7.nii.gz" in problem(tmp_path)
+
+
+def test_two_layouts(tmp_path: Path) -> None:
+    dataset_json(tmp_path, {"channel_names": {"0": "CT", "1": "PET"}})
+    touch(tmp_path / "sub-01/anat/sub-01_T1w.nii.gz")
+    assert "looks like two layouts: nnU-Net or Decathlon (dataset.json) and BIDS (sub-*)" in problem(tmp_path)
+    other = tmp_path / "other"
+    touch(*(other / f"case1/{name}.nii.gz" for name in ("flair", "t1", "seg")))
+    touch(*(other / f"p{n}_{name}.nii.gz" for n in (1, 2) for name in ("flair", "t1", "seg")))
+    assert "looks like two layouts: a folder a case" in problem(other)
+    third = tmp_path / "third"
+    for name in ("Dataset001_A", "Dataset002_B"):
+        dataset_json(third / name, {"channel_names": {"0": "CT"}})
+        touch(third / name / "imagesTr/a_0000.nii.gz")
+    assert "holds other data sets, each with a dataset.json: Dataset001_A, Dataset002_B" in problem(third)
+    (third / "Dataset001_A/dataset.json").unlink()
+    assert "has imagesTr and no dataset.json" in problem(third / "Dataset001_A")
+
+
+def test_one_modality_and_labels(tmp_path: Path) -> None:
+    for case in ("a", "b", "c"):
+        touch(tmp_path / case / "flair.nii.gz", tmp_path / case / "seg.nii.gz")
+    assert "has one modality only (flair), expected two or more" in problem(tmp_path)
+    touch(*(tmp_path / case / "t1.nii.gz" for case in ("a", "b")))
+    (tmp_path / "b" / "seg.nii.gz").unlink()
+    text = problem(tmp_path)
+    assert f"t1 is missing in 1 of 3 cases: c ({tmp_path / 'c'})" in text
+    assert f"label is missing in 1 of 3 cases: b ({tmp_path / 'b'})" in text
+    assert [case.label is None for case in discover(tmp_path, need_label=False, allow_missing=True).cases] == [
+        False,
+        True,
+        False,
+    ]
+    for case in ("a", "c"):
+        (tmp_path / case / "seg.nii.gz").unlink()
+    text = problem(tmp_path, allow_missing=True)
+    assert "has a label: expected a file with seg, mask, label or lesion in its name" in text
+    assert discover(tmp_path, need_label=False, allow_missing=True).modalities == ("flair", "t1")
+
+
+def test_unclear_names(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("flair", "t1_t2", "t1", "seg")))
+    assert "a/t1_t2.nii.gz may be t1 or t2 by its name: give patterns, such as t1=*T1*" in problem(tmp_path)
+    other = tmp_path / "other"
+    for case in ("a", "b"):
+        touch(other / case / "flair.nii.gz", other / case / "t1.nii.gz")
+        label(other / case / "reader1.nii.gz")
+        label(other / case / "reader2.nii.gz")
+    assert "no file name tells the label, and reader1, reader2 all hold few whole numbers" in problem(other)
+
+
+def test_names_that_a_configuration_would_evaluate(tmp_path: Path) -> None:
+    folder = tmp_path / "%data"
+    odd = ["$import", "@ref", "100%", "Müller, J", "a b", "a_b", "..", "A_B"]
+    for index, name in enumerate(odd):
+        place = folder / (name if name != ".." else "x..y")
+        touch(*(place / f"{key}.nii.gz" for key in ("$flair", "@t1", "seg%")))
+        assert index < len(odd)
+    found = discover(folder)
+    ids = [case.case_id for case in found.cases]
+    assert len(set(map(str.casefold, ids))) == len(ids) - 1  # only a_b and A_B, which were safe as they were
+    assert all(is_safe_id(case.case_id) and is_safe_id(case.patient) for case in found.cases)
+    assert {"import", "ref", "100", "Muller_J", "a_b", "A_B", "a_b_2", "x.y"} == set(ids)
+    (note,) = [note for note in found.notes if "were changed" in note]
+    assert "'$import' is import" in note
+    assert found.modalities == ("flair", "t1")
+
+
+def test_ids_that_two_cases_share(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
+    entry = {"case": "p", "ct": "a.nii.gz", "pet": "b.nii.gz", "label": "a.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry, entry]}))
+    assert "case p: 2 cases have this ID, expected one" in problem(tmp_path / "list.json")
+
+
+def test_links_in_the_source(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        touch(*(tmp_path / "store" / case / f"{name}.nii.gz" for name in ("ct", "pet", "seg")))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "a" / "up").symlink_to(tmp_path / "store")
+    assert list(names(discover(tmp_path / "data"))) == ["a", "b"]
+
+
+def test_brats_is_found_as_by_the_reader_of_brats(real_data: Path) -> None:
+    folder = real_data / "brats_2mm"
+    if not folder.is_dir():
+        pytest.skip("needs the folder brats_2mm among the real cases")
+    found = discover(folder)
+    known = find_cases(folder, found.modalities)
+    assert [(c.case_id, c.patient) for c in found.cases] == [(c.case_id, c.patient) for c in known]
+    for one, other in zip(found.cases, known, strict=True):
+        assert {key: source.path for key, source in one.sources().items()} == {**other.images, "label": other.label}
