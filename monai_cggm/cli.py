@@ -230,6 +230,94 @@ def prepare_food101(
     typer.echo(f"{made.folder}: {counts}; {shapes}{left_out}" + ("" if made.computed else " (was complete)"))
 
 
+@app.command()
+@_reports_errors
+def align(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="Folder to make, outside the data; what is finished in it is kept.")],
+    reference: Annotated[str, typer.Option(help="Sequence on whose grid the others are resampled.")],
+    modalities: Modalities = MODALITIES,
+    labels: Labels = None,
+    register: Annotated[
+        bool, typer.Option("--register", help="Find a rigid transform to the reference for each other sequence.")
+    ] = False,
+    n4: Annotated[bool, typer.Option("--n4", help="Correct bias fields of all sequences; MR only.")] = False,
+    n4_on: Annotated[str | None, typer.Option(help="Correct those of these sequences only.")] = None,
+    mask: Annotated[str, typer.Option(help="Write ID_mask.nii.gz: brain, body or none.")] = "none",
+    apply_mask: Annotated[
+        bool, typer.Option("--apply-mask", help="Set images to their background outside the mask.")
+    ] = False,
+    spacing: Annotated[
+        str | None, typer.Option(help="Voxel size in mm, such as 1,1,1; default: the reference's.")
+    ] = None,
+    label_interpolation: Annotated[str, typer.Option(help="nearest, or gaussian for smoother outlines.")] = "nearest",
+    label_on: Annotated[
+        str | None, typer.Option(help="Sequence on which labels were drawn; default: the reference.")
+    ] = None,
+    fill: Annotated[
+        str, typer.Option(help="Values outside the field of view, such as ct=-1000; default: the image's minimum.")
+    ] = "",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes, a case each at a time; 0: none beside this one.")
+    ] = min(4, os.cpu_count() or 1),
+) -> None:
+    """Put the sequences of each case on one grid, with --register after finding out how the patient moved.
+
+    It goes on where it was stopped. OUT/report.html shows the sequences over the reference.
+
+    \b
+    Examples:
+      monai-cggm align my_cases aligned --reference flair
+      monai-cggm align my_cases aligned --reference t1ce --register --n4 --spacing 1,1,1
+      monai-cggm align pet_ct aligned --reference ct --modalities ct,pet --mask body --labels brats2018
+    """  # noqa: D301
+    from monai_cggm.alignment import AlignSettings
+    from monai_cggm.alignment import align as align_cases
+    from monai_cggm.alignment.settings import REPORT
+
+    names = tuple(_names(modalities))
+    some = None if n4_on is None else tuple(name.strip() for name in n4_on.split(","))
+    settings = AlignSettings(
+        reference=reference,
+        modalities=names,
+        register=register,
+        n4=some or (names if n4 else ()),
+        mask=mask,
+        apply_mask=apply_mask,
+        spacing=None if spacing is None else _three(_numbers(spacing, float, "--spacing")),
+        label_interpolation=label_interpolation,
+        label_on=label_on,
+        fill=_fills(fill),
+    )
+    try:
+        done = align_cases(source, out, settings, labels=labels, workers=workers, console=_console(stderr=True))
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. What is finished is in {out}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    for text, cases in (("lacks", done.incomplete), ("keeps its place, see the report:", done.unregistered)):
+        for case_id, sequences in cases.items():
+            typer.echo(f"case {case_id} {text} {', '.join(sequences)}")
+    counts = f"{len(done.made)} cases aligned, {len(done.kept)} were there already, {len(done.refused)} refused"
+    typer.echo(f"{out}: {counts}")
+    typer.echo(f"Report: {out / REPORT}")
+    if done.refused:
+        _fail(f"{len(done.refused)} cases have problems")
+
+
+def _fills(text: str) -> dict[str, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part.strip()]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise DataError([f"--fill is {text!r}: expected sequence=value pairs, such as ct=-1000"]) from None
+
+
+def _three(numbers: Sequence[float]) -> tuple[float, float, float]:
+    if len(numbers) != 3:
+        raise ValueError(f"--spacing has {len(numbers)} numbers: expected three with commas between them")
+    return numbers[0], numbers[1], numbers[2]
+
+
 def _shares(text: str, expected: str = "sequence=share pairs, such as t1=0.5") -> dict[str, float]:
     try:
         pairs = [part.split("=") for part in text.split(",") if part.strip()]
