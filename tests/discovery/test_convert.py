@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import locale
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,10 @@ def dicom(
             one.SetMetaData(tag, value)
         file = folder / f"IM{series}{99 - number:04d}.dcm"
         writer.SetFileName(str(file))
+        before = locale.setlocale(locale.LC_ALL)
         writer.Execute(one)
+        # Writing DICOM leaves the process in the locale C, in which Python opens text files as ASCII.
+        locale.setlocale(locale.LC_ALL, before)
         if number == 0:
             assert PERSON.encode() in file.read_bytes()
     return whole
@@ -221,6 +226,22 @@ def test_dicom_series(tmp_path: Path) -> None:
     series = sitk.ImageSeriesReader()
     series.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "set/case1/FLAIR")))
     assert_same_places(Path(items[0]["flair"]), series.Execute(), volumes["FLAIR"])
+
+
+@pytest.mark.parametrize("ending", ["dcm", "nrrd", "mha"])
+def test_reading_through_itk_leaves_the_locale_as_it_was(tmp_path: Path, ending: str) -> None:
+    for number in range(4):
+        if ending == "dcm":
+            dicom(tmp_path / f"{number}", whole_numbers(number), series="1")
+        else:
+            sitk.WriteImage(itk_image(whole_numbers(number)), str(tmp_path / f"{number}.{ending}"))
+    kind = "dicom" if ending == "dcm" else "image"
+    sources = [Source(path, kind=kind) for path in sorted(tmp_path.iterdir())]
+    before = locale.setlocale(locale.LC_ALL)
+    with ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda source: read_volumes(source)[0], sources * 8))
+    assert locale.setlocale(locale.LC_ALL) == before
+    assert all(np.array_equal(arrays[i], arrays[i + 4]) for i in range(4))
 
 
 def test_dicom_series_by_their_descriptions(tmp_path: Path) -> None:
