@@ -233,10 +233,7 @@ def workflow_of(plan: Plan, name: str, overlays: Sequence[str] = (), method: str
     folder = Path(plan.folder)
     plain = folder / "size.json"
     # hardware/cpu.yaml has channels last, which is one of the ways here
-    contiguous = {
-        "memory_format": "$torch.contiguous_format",
-        "network": "$@network_def.to(@device, memory_format=@memory_format)",
-    }
+    contiguous = {"memory_format": "$torch.contiguous_format"}
     with atomic_path(plain) as temporary:  # two processes write it at once
         temporary.write_text(json.dumps({**size.settings, **contiguous}))
     bundle, configs = share_path("bundles/brats_cggm/configs"), share_path("configs")

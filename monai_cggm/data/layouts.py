@@ -147,7 +147,7 @@ def _cases_in_folder(folder: Path, modalities: Sequence[str], labels: str | None
     key_of = {suffix: key for key, suffixes in _suffixes_of(keys).items() for suffix in suffixes}
     groups: dict[tuple[Path, str], dict[str, list[Path]]] = {}
     others: dict[Path, list[str]] = {}
-    for path in _nifti_files(folder):
+    for path in (place / name for place, names in folders_below(folder) for name in names if _NIFTI.search(name)):
         match = ending.fullmatch(path.name)
         if match is None:
             others.setdefault(path.parent, []).append(path.name)
@@ -197,8 +197,20 @@ def _case_of_files(
     )
 
 
-def _nifti_files(folder: Path) -> Iterator[Path]:
-    """All ``.nii`` and ``.nii.gz`` files below a folder, sorted, through links to folders but never twice."""
+def folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, each with its files' names, sorted, through links to folders but never twice.
+
+    What begins with a dot is nobody's data: hidden folders, in which a case may be under construction, and the resource
+    forks ``._name`` that macOS leaves in archives.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     Path(name, "p01").mkdir()
+        ...     Path(name, "p01", "t1.nii").touch()
+        ...     [(place.name, files) for place, files in folders_below(Path(name))][1:]
+        [('p01', ['t1.nii'])]
+    """
     seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -206,12 +218,24 @@ def _nifti_files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        # A hidden folder is nobody's data; prepare_2mm.py builds a case in one before it shows it.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            # "._name" are the resource forks that macOS leaves in archives.
-            if _NIFTI.search(name) and not name.startswith("._"):
-                yield Path(parent, name)
+        yield Path(parent), sorted(name for name in names if not name.startswith("."))
+
+
+def datalist_sections(path: Path) -> dict[str, list[Any]]:
+    """Read the lists of a datalist, by section.
+
+    Raises:
+        DataError: where it is no JSON file, or has none of the sections.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError([f"{path} is no JSON file: {error}"]) from error
+    sections = {name: content[name] for name in SECTIONS if name in content} if isinstance(content, dict) else {}
+    if not sections or not all(isinstance(entries, list) for entries in sections.values()):
+        raise DataError([f"{path} is no datalist: expected an object with lists under {', '.join(SECTIONS)}"])
+    return sections
 
 
 def _suffixes_of(keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -224,16 +248,9 @@ def _ending_pattern(keys: Sequence[str]) -> re.Pattern[str]:
 
 
 def _cases_in_datalist(path: Path, modalities: Sequence[str], labels: str | None) -> list[Case]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError([f"{path} is no JSON file: {error}"]) from error
-    sections = {name: content[name] for name in SECTIONS if name in content} if isinstance(content, dict) else {}
-    if not sections or not all(isinstance(entries, list) for entries in sections.values()):
-        raise DataError([f"{path} is no datalist: expected an object with lists under {', '.join(SECTIONS)}"])
     cases: list[Case] = []
     problems: list[str] = []
-    for section, entries in sections.items():
+    for section, entries in datalist_sections(path).items():
         for index, entry in enumerate(entries):
             try:
                 cases.append(_case_of_entry(entry, path.parent, modalities, labels))

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_cggm.data.layouts import LABEL, SECTIONS, patient_of
-from monai_cggm.discovery.dataset_json import channel_count, listed_volume, read_json
+from monai_cggm.data.layouts import LABEL, datalist_sections, patient_of
+from monai_cggm.discovery.dataset_json import channel_count, listed_volume
 from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, stem_of
 from monai_cggm.discovery.names import IGNORED, fits, key_of, modality_of, some, vocabulary_of, words_of
 from monai_cggm.errors import DataError
@@ -98,13 +98,9 @@ def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
     Raises:
         DataError: where it cannot be understood, or names files that are not there.
     """
-    content = read_json(path)
-    sections = {name: content[name] for name in SECTIONS if name in content} if isinstance(content, dict) else {}
-    if not sections or not all(isinstance(entries, list) for entries in sections.values()):
-        raise DataError([f"{path} is no datalist: expected an object with lists under {', '.join(SECTIONS)}"])
     cases: list[FoundCase] = []
     problems: list[str] = []
-    for section, entries in sections.items():
+    for section, entries in datalist_sections(path).items():
         for index, entry in enumerate(entries):
             try:
                 cases.append(_entry_case(entry, path, section, index, modalities))

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from monai_cggm.data.layouts import folders_below
 
 Kind = Literal["nifti", "image", "dicom"]
 
@@ -119,7 +120,7 @@ def list_volumes(folder: Path) -> Listing:
     """
     volumes: list[Source] = []
     pictures: list[Path] = []
-    for parent, names in _folders(folder):
+    for parent, names in folders_below(folder):
         paths = [parent / name for name in names]
         volumes += [Source(path) for path in paths if _NIFTI.search(path.name)]
         volumes += [Source(path, kind="image") for path in paths if _IMAGE.search(path.name)]
@@ -146,18 +147,6 @@ def kind_of(path: Path) -> Kind | None:
     if _IMAGE.search(path.name):
         return "image"
     return "dicom" if path.is_dir() else None
-
-
-def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above itself would go on for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(parent), sorted(name for name in names if not name.startswith("."))
 
 
 def _has_dicom(paths: Sequence[Path]) -> bool:

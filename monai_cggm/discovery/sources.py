@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk  # noqa: N813, as its own documentation does
 
 from monai_cggm.data.checks import format_shape, read_voxels
 from monai_cggm.discovery.found import Kind, Source
@@ -76,7 +77,7 @@ def is_plain(source: Source) -> bool:
 def series_description(folder: Path) -> str:
     """What a DICOM series says of its sequence. It may name a person: never print it."""
     try:
-        tags = _header(_itk(), _series(folder)[0])
+        tags = _header(_series(folder)[0])
     except (ValueError, RuntimeError):
         return ""
     return " ".join(
@@ -135,16 +136,8 @@ def _nifti_voxels(path: Path) -> np.ndarray:
     return array
 
 
-def _itk() -> Any:
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise ValueError("needs SimpleITK to be read: pip install SimpleITK") from error
-    return SimpleITK
-
-
-def _header(itk: Any, path: Path | str) -> Any:
-    reader = itk.ImageFileReader()
+def _header(path: Path | str) -> Any:
+    reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     return reader
@@ -158,7 +151,7 @@ def _affine(spacing: Sequence[float], origin: Sequence[float], direction: np.nda
 
 
 def _image_grid(path: Path) -> Grid:
-    header = _header(_itk(), path)
+    header = _header(path)
     size, axes = header.GetSize(), header.GetDimension()
     if axes < 3:
         raise ValueError(f"is 2-D (shape {format_shape(size)}), expected a 3-D volume")
@@ -170,9 +163,8 @@ def _image_grid(path: Path) -> Grid:
 
 
 def _image_voxels(path: Path) -> np.ndarray:
-    itk = _itk()
-    image = itk.ReadImage(str(path))
-    return _as_xyz(itk.GetArrayFromImage(image), vector=image.GetNumberOfComponentsPerPixel() > 1)
+    image = sitk.ReadImage(str(path))
+    return _as_xyz(sitk.GetArrayFromImage(image), vector=image.GetNumberOfComponentsPerPixel() > 1)
 
 
 def _as_xyz(array: np.ndarray, *, vector: bool = False) -> np.ndarray:
@@ -181,13 +173,12 @@ def _as_xyz(array: np.ndarray, *, vector: bool = False) -> np.ndarray:
 
 
 def _series(folder: Path) -> list[str]:
-    itk = _itk()
-    identifiers = itk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    identifiers = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(identifiers) != 1:
         hint = "one folder a series" if identifiers else "an image series (convert SEG and RTSTRUCT to NIfTI first)"
         raise ValueError(f"holds {len(identifiers)} DICOM series, expected {hint}")
-    files = list(itk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifiers[0]))
-    header = _header(itk, files[0])
+    files = list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifiers[0]))
+    header = _header(files[0])
     modality = header.GetMetaData("0008|0060").strip() if header.HasMetaDataKey("0008|0060") else ""
     if modality in _NO_IMAGE:
         raise ValueError(f"is a DICOM {modality} object, expected an image series: convert it to NIfTI first")
@@ -198,7 +189,7 @@ def _dicom_grid(folder: Path) -> Grid:
     files = _series(folder)
     if len(files) == 1:
         return _image_grid(Path(files[0]))
-    headers = [_header(_itk(), file) for file in files]
+    headers = [_header(file) for file in files]
     shapes = {header.GetSize()[:2] for header in headers}
     if len(shapes) > 1:
         raise ValueError(f"has slices of different sizes: {', '.join(sorted(map(format_shape, shapes)))}")
@@ -226,13 +217,12 @@ def _dicom_grid(folder: Path) -> Grid:
 
 
 def _dicom_voxels(folder: Path) -> np.ndarray:
-    itk = _itk()
     files = _series(folder)
     if len(files) == 1:
         return _image_voxels(Path(files[0]))
-    reader = itk.ImageSeriesReader()
+    reader = sitk.ImageSeriesReader()
     reader.SetFileNames(files)
-    return _as_xyz(itk.GetArrayFromImage(reader.Execute()))
+    return _as_xyz(sitk.GetArrayFromImage(reader.Execute()))
 
 
 _GRIDS: Mapping[Kind, Callable[[Path], Grid]] = {"nifti": _nifti_grid, "image": _image_grid, "dicom": _dicom_grid}

@@ -7,7 +7,6 @@ import gzip
 import json
 import locale
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -449,10 +448,3 @@ def test_odd_names_stay_plain_data(tmp_path: Path) -> None:
     assert not any(set(key) & set("$@%") for key in item)
     (case,) = find_cases(tmp_path / "out/datalist.json", ["flair", "t1"], labels="brats2018")
     assert case.images["flair"].is_file()
-
-
-def test_without_simpleitk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.nrrd").touch()
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ValueError, match="needs SimpleITK to be read: pip install SimpleITK"):
-        read_volumes(Source(tmp_path / "a.nrrd", kind="image"))

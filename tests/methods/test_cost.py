@@ -113,5 +113,5 @@ def test_operations_grow_linearly_with_modalities_and_stay_few(way):
         counts[number] = of[0] - of[1]
     # not to the digit: what dropout draws decides whether there is a mask at all
     assert counts[6] - counts[4] == pytest.approx(counts[4] - counts[2], rel=0.1)
-    # 96 to 120 when this was written, a third of them of the classifiers and their losses
+    # 93 to 120 when this was written
     assert counts[4] / 4 < 150
