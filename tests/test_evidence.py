@@ -14,7 +14,7 @@ ARMS = (
 )  # fmt: skip
 #: rows of the table of differences
 PAIRS = (
-    ("recipe", "joint"), ("dropout", "joint"), ("recipe", "dropout"), ("balance", "recipe"),
+    ("recipe", "joint"), ("dropout", "joint"), ("recipe", "dropout"), ("recipe", "ensemble"), ("balance", "recipe"),
     ("balance", "balance_shuffled"), ("cggm_clipped", "joint"), ("cggm_paper", "joint_unclipped"),
 )  # fmt: skip
 

@@ -17,6 +17,10 @@ from monai_cggm.errors import DataError
 #: Name of the network's own prediction among the predictors; the others are the modalities' classifiers.
 FUSION = "fusion"
 
+#: Arms that a study with ``alone: true`` adds: a network for each modality, and the mean of their probabilities.
+ALONE = "alone_"
+ENSEMBLE = "ensemble"
+
 #: Keys of cell.json that reports read; null, or no key, stands for what is not known. ``epochs`` are those planned,
 #: ``validations`` how many times the run validated.
 FACTS = (

@@ -11,15 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from monai_cggm.analysis.cells import CELL, FUSION, CellKey, Cells, split_name
+from monai_cggm.analysis.cells import ALONE, CELL, ENSEMBLE, FUSION, CellKey, Cells, split_name
 from monai_cggm.analysis.measures import DICE, HD95_PENALTIES, Measure, is_dice, measure_of, score_columns
 from monai_cggm.analysis.pages import one_line
 from monai_cggm.analysis.statistics import Interval, paired_bootstrap, paired_p, seed_mean, seed_means
 from monai_cggm.errors import DataError
-
-#: Arms that a study with ``alone: true`` adds: a network for each modality, and the mean of their probabilities.
-ALONE = "alone_"
-ENSEMBLE = "ensemble"
 
 #: What two arms are compared by. ``without_key`` needs the study's ``key_modality``.
 SCORES = ("full", "subsets", "worst", "without_key")

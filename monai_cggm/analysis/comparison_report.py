@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from monai_cggm.analysis.cells import CellKey, read_cells
+from monai_cggm.analysis.cells import ENSEMBLE, CellKey, read_cells
 from monai_cggm.analysis.comparison import (
-    ENSEMBLE,
     Comparison,
     arm_title,
     compare,

@@ -24,6 +24,7 @@ from monai_cggm.analysis.runs import (
     by_kind,
     over_runs,
     read_gradients,
+    runs_of,
 )
 
 #: most panels side by side, and most kinds in one figure
@@ -365,7 +366,7 @@ def figure_6(runs: Sequence[Run]) -> Item:
         LeftOut: where no run with classifiers has ``iterations.csv``.
     """
     kinds = _most(_kinds(runs, ("observe",)) | _modulated(runs), MOST_KINDS)
-    series = {"task": _BLACK} | {name: _colour(i) for i, name in enumerate(_modalities(_flat(kinds)))}
+    series = {"task": _BLACK} | {name: _colour(i) for i, name in enumerate(_modalities(runs_of(kinds)))}
     rows = _over_iterations(kinds, {name: f"loss/{name}" for name in series}, "mean")
     if rows.empty:
         raise LeftOut("needs a run with classifiers (observe or CGGM) and its iterations.csv")
@@ -379,13 +380,13 @@ def figure_6(runs: Sequence[Run]) -> Item:
         axes.set_ylim(min(low, 0), high)
     _label(panels, "iteration", "loss")
     title = "Losses over iterations"
-    _finish(figure, title, _flat(kinds), (), extra=[_line(colour, name) for name, colour in series.items()])
+    _finish(figure, title, runs_of(kinds), (), extra=[_line(colour, name) for name, colour in series.items()])
     caption = (
         "Loss of the task (fusion) and of each modality's classifier on training batches; solid: rolling mean over "
         f"{_window(rows)} iterations, faint: every iteration (mean over runs of a kind)."
         + (f" {outside} points lie outside of the axis." if outside else "")
     )
-    return Item(title, _caption(caption, _flat(kinds)), rows, figure)
+    return Item(title, _caption(caption, runs_of(kinds)), rows, figure)
 
 
 # ---------------------------------------------------------------------- figure 7
@@ -400,7 +401,7 @@ def figure_7(runs: Sequence[Run]) -> Item:
         LeftOut: where no run has balance terms.
     """
     kinds = _most(_modulated(runs), MOST_KINDS)
-    series = {name: _colour(i) for i, name in enumerate(_modalities(_flat(kinds)))}
+    series = {name: _colour(i) for i, name in enumerate(_modalities(runs_of(kinds)))}
     rows = _over_iterations(kinds, {name: f"balance/{name}" for name in series}, "median")
     if rows.empty:
         raise LeftOut("needs a run with balance terms (CGGM) and its iterations.csv")
@@ -422,13 +423,13 @@ def figure_7(runs: Sequence[Run]) -> Item:
     _label(panels, "iteration", "balance term B (no unit)")
     title = "Balance terms over iterations"
     legend = [*(_line(colour, name) for name, colour in series.items()), _line(_RED, "ρ(M−1)/M")]
-    _finish(figure, title, _flat(kinds), (), extra=legend)
+    _finish(figure, title, runs_of(kinds), (), extra=legend)
     caption = (
         "B of each modality after the rule; above the red line ρ(M−1)/M a modality is promoted, below it is held back. "
         f"Solid: rolling median over {_window(rows)} iterations; faint: every iteration (mean over runs of a kind). "
         "Axes end at the 1st and 99th percentile. " + " ".join(notes)
     )
-    return Item(title, _caption(caption, _flat(kinds)), rows, figure)
+    return Item(title, _caption(caption, runs_of(kinds)), rows, figure)
 
 
 def _balance_line(kind: Kind, runs: Sequence[Run]) -> float | None:
@@ -500,10 +501,6 @@ def _most(kinds: dict[Kind, list[Run]], number: int) -> dict[Kind, list[Run]]:
 
 def _modalities(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.modalities))
-
-
-def _flat(kinds: dict[Kind, list[Run]]) -> list[Run]:
-    return [run for group in kinds.values() for run in group]
 
 
 # ---------------------------------------------------------------------- captions and looks

@@ -21,6 +21,7 @@ from monai_cggm.analysis.runs import (
     by_kind,
     differing_settings,
     read_runs,
+    runs_of,
 )
 from monai_cggm.files import atomic_path
 
@@ -118,7 +119,7 @@ def table_5(runs: Sequence[Run]) -> Item:
     alone = [run for run in runs if run.kind.state == "unimodal"]
     if not kinds:
         raise LeftOut("needs validation scores of a run with classifiers (observe or CGGM)")
-    modalities = list(dict.fromkeys(m for run in [*alone, *_flat(kinds)] for m in run.modalities))
+    modalities = list(dict.fromkeys(m for run in [*alone, *runs_of(kinds)] for m in run.modalities))
     rows = []
     for part in PARTS:
         by_modality = {m: [run for run in alone if run.modalities == (m,)] for m in modalities}
@@ -130,7 +131,7 @@ def table_5(runs: Sequence[Run]) -> Item:
     caption = "Mean Dice over WT, TC and ET of each modality's classifier, and of the fusion; mean ± sd over runs." + (
         " Unimodal training: a network of one encoder." if alone else " No run of unimodal training was given."
     )
-    return _table_item("Dice of the classifiers", caption, rows, [*modalities, FUSION], [*alone, *_flat(kinds)])
+    return _table_item("Dice of the classifiers", caption, rows, [*modalities, FUSION], [*alone, *runs_of(kinds)])
 
 
 def table_6(runs: Sequence[Run]) -> Item:
@@ -153,7 +154,7 @@ def table_6(runs: Sequence[Run]) -> Item:
     caption = "Dice of the fusion with the magnitude, the direction, or both modulated; mean ± sd over runs." + (
         f" No run with scores of: {', '.join(missing)}." if missing else ""
     )
-    return _table_item("Magnitude and direction", caption, rows, REGIONS, _flat(kinds))
+    return _table_item("Magnitude and direction", caption, rows, REGIONS, runs_of(kinds))
 
 
 def table_8(runs: Sequence[Run]) -> Item:
@@ -214,10 +215,6 @@ TABLES: tuple[tuple[str, str, Callable[[Sequence[Run]], Item]], ...] = (
 def _scored(kinds: dict[Kind, list[Run]]) -> dict[Kind, list[Run]]:
     with_scores = {kind: [run for run in group if run.best is not None or run.tests] for kind, group in kinds.items()}
     return {kind: group for kind, group in with_scores.items() if group}
-
-
-def _flat(kinds: dict[Kind, list[Run]]) -> list[Run]:
-    return [run for group in kinds.values() for run in group]
 
 
 def _training(kind: Kind) -> str:
@@ -314,7 +311,7 @@ def _unequal_repetitions(runs: Sequence[Run]) -> list[str]:
 
 def _overview(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
-    for run in _flat(by_kind(runs)):
+    for run in runs_of(by_kind(runs)):
         best = run.best
         rows.append(
             {

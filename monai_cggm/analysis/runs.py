@@ -198,6 +198,11 @@ def by_kind(runs: Sequence[Run]) -> dict[Kind, list[Run]]:
     return kinds
 
 
+def runs_of(kinds: Mapping[Kind, Sequence[Run]]) -> list[Run]:
+    """Return the runs of all kinds, kind by kind."""
+    return [run for group in kinds.values() for run in group]
+
+
 def over_runs(runs: Sequence[Run], table: str, column: str) -> pd.DataFrame:
     """Average a column over runs.
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.analysis.cells import ALONE, ENSEMBLE
 from monai_cggm.analysis.measures import is_dice, score_columns
 from monai_cggm.analysis.pages import without_folders
-from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
+from monai_cggm.compare.study import Cell, Study, find_file
 from monai_cggm.data.splits import PARTS
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path

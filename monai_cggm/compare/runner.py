@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.analysis.cells import ALONE, ENSEMBLE
 from monai_cggm.compare.cell import Launch, configuration_of, facts_of, failed_cell, plan_of, run_cell, start
-from monai_cggm.compare.study import ALONE, ENSEMBLE, Cell, Study, find_file
+from monai_cggm.compare.study import Cell, Study, find_file
 from monai_cggm.errors import DataError, users_error
 from monai_cggm.files import atomic_path
 

@@ -11,14 +11,11 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.analysis.cells import ALONE, ENSEMBLE
 from monai_cggm.analysis.measures import DICE, is_dice
 from monai_cggm.errors import DataError
 from monai_cggm.metrics import EMPTY_CONVENTIONS
 from monai_cggm.resources import share_path
-
-#: arms of one modality alone, and what they are together
-ALONE = "alone_"
-ENSEMBLE = "ensemble"
 
 #: what an arm needs that needs all arms of one modality alone
 NEEDS_ALONE = "alone"
@@ -53,7 +50,8 @@ class Arm:
         overlays: configuration files that merge over the study's.
         settings: values that win over the study's settings.
         controls: role → arm that it has to be better than, to show that what that one lacks helps; ``constant``,
-            ``shuffled`` and ``uniform`` are the controls of a balance.
+            ``shuffled`` and ``uniform`` are the controls of a balance. With ``alone: true`` the arm may be
+            ``ensemble``.
         needs: arms whose networks it is trained with; ``alone`` stands for all of one modality alone.
     """
 
@@ -318,10 +316,12 @@ def _arm_problems(content: Mapping[str, Any]) -> list[str]:
         if not isinstance(controls, Mapping):
             problems.append(f"arm {name}: controls must be roles and arms, such as uniform: {next(iter(arms))}")
             continue
+        others = {*arms, ENSEMBLE} if content.get("alone") else {*arms}
         problems += [
             f"arm {name} names {control!r} as its control {role}, which is no other arm"
+            + (" (an ensemble there is with alone: true)" if control == ENSEMBLE else "")
             for role, control in controls.items()
-            if control not in arms or control == name
+            if control not in others - {name}
         ]
     return problems or _need_problems(arms, alone=bool(content.get("alone")))
 
@@ -451,7 +451,9 @@ def _chosen(everything: Mapping[str, Arm], reference: str, wanted: Sequence[str]
     if unknown:
         raise DataError([f"study {path} has no arm {name}; it has {', '.join(everything)}" for name in unknown])
     controls = {control for name in wanted for control in everything[name].controls.values()}
-    needs = {need for name in (reference, *wanted, *controls) for need in everything[name].needs}
+    needs = {need for name in (reference, *wanted, *controls - {ENSEMBLE}) for need in everything[name].needs}
+    if ENSEMBLE in controls:
+        needs.add(NEEDS_ALONE)
     return {
         name: arm
         for name, arm in everything.items()

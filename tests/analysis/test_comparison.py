@@ -259,6 +259,16 @@ def test_networks_alone_and_their_ensemble(tmp_path: Path, listed: bool) -> None
     assert comparison.outstanding == []
 
 
+def test_an_arm_against_the_ensemble(tmp_path: Path) -> None:
+    fill(tmp_path, {("joint", "a", 0): 0.0, ("recipe", "a", 0): 0.02, ("ensemble", "a", 0): -0.05})
+    arms = {"joint": {}, "recipe": {"controls": {"ensemble": "ensemble"}}}
+    comparison = compare(read_cells(tmp_path), study := a_study(seeds=[0], arms=arms, alone=True))
+    against = row_of(comparison.differences, arm="recipe", against="ensemble", score="full")
+    assert against["role"] == "ensemble"
+    assert against["difference"] == pytest.approx(7.0)
+    assert "over ensemble" in verdicts(study, comparison.differences)[0]
+
+
 def test_costs_are_means_over_cells(tmp_path: Path) -> None:
     scored_cell(tmp_path, "joint", "a", 0, plus(0), training_seconds=100.0, peak_memory_mb=None)
     scored_cell(tmp_path, "joint", "a", 1, plus(0), training_seconds=300.0, peak_memory_mb=None)

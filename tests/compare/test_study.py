@@ -90,6 +90,18 @@ def test_each_modality_alone_and_their_ensemble(tmp_path):
     assert not read_study(written(tmp_path, alone=True), arms=["recipe"]).alone
 
 
+def test_the_ensemble_as_a_control(tmp_path):
+    """It brings in its members; without them there is none to name."""
+    arms = {"joint": None, "recipe": {"controls": {"ensemble": "ensemble"}}, "plain": None}
+    values = {"arms": arms, "settings": {"modalities": ["t1", "t2"]}}
+    assert list(read_study(written(tmp_path, alone=True, **values), arms=["recipe"]).arms) == [
+        *("joint", "recipe", "alone_t1", "alone_t2")
+    ]
+    assert list(read_study(written(tmp_path, alone=True, **values), arms=["plain"]).arms) == ["joint", "plain"]
+    with pytest.raises(DataError, match=r"'ensemble' as its control ensemble.*an ensemble there is with alone: true"):
+        read_study(written(tmp_path, **values))
+
+
 def needing(**needs):
     arms = {"joint": None, "umt": {"needs": "alone"}, "blending": {"needs": ["alone", "joint"]}, "plain": None}
     return {"alone": True, "arms": {name: {**(arms[name] or {}), **needs.get(name, {})} for name in arms}}
@@ -255,4 +267,4 @@ def test_the_studies_that_come_along_are_sound(name):
     study = read_study(name)
     assert study.reference in study.arms
     for arm in study.arms.values():
-        assert set(arm.controls.values()) <= set(study.arms)
+        assert set(arm.controls.values()) <= {*study.arms, "ensemble"}
