@@ -2,5 +2,6 @@
 """Losses."""
 
 from monai_cggm.losses.dice_ce import DiceCrossEntropyLoss
+from monai_cggm.losses.regions import RegionDiceCrossEntropyLoss
 
-__all__ = ["DiceCrossEntropyLoss"]
+__all__ = ["DiceCrossEntropyLoss", "RegionDiceCrossEntropyLoss"]
