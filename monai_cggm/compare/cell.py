@@ -31,6 +31,7 @@ Launch = Callable[[Sequence[str], Path, Mapping[str, str]], int]
 
 #: the last line of a traceback, or what a command says in its place
 _ERROR = re.compile(r"(error:|[\w.]*(Error|Exception|Interrupt)\b)")
+_WRAPPING = re.compile(r"RuntimeError: Failed to (evaluate|instantiate)")
 
 #: the folder in a run's own where networks lie that a method is given: methods look there (``teacher_runs``)
 _TEACHERS = "teachers"
@@ -212,12 +213,16 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], **k
 
 
 def _last_words(log: Path, code: int, start: int) -> str:
-    """What a process said last, or the error that it ended with, in one line."""
+    """What a process said last, or the error that it ended with, in one line.
+
+    MONAI wraps an error in others that only say that a part of the configuration failed: these are passed over.
+    """
     said = log.read_bytes()[start:].decode("utf-8", errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no output"]
     if code < 0:
         return f"killed by signal {-code}; last line: {lines[-1]}"[:300]
-    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])[:300]
+    errors = [line for line in reversed(lines) if _ERROR.match(line)]
+    return next((line for line in errors if not _WRAPPING.match(line)), (errors or lines[::-1])[0])[:300]
 
 
 def _join_members(cell: Cell, study: Study, out: Path, run_dir: Path) -> None:

@@ -214,6 +214,12 @@ def test_a_split_that_does_not_fit_the_data_is_refused_before_any_training(study
     ("said", "code", "words"),
     [
         (b"Traceback\nValueError: no\nhint: mirror padding\n", 1, "ValueError: no"),
+        (b"IndexError: 7\nTraceback\nRuntimeError: Failed to evaluate ConfigExpression:\n", 1, "IndexError: 7"),
+        (
+            b"RuntimeError: Failed to instantiate component 'x'\n",
+            1,
+            "RuntimeError: Failed to instantiate component 'x'",
+        ),
         (b"error: /data does not exist\n", 1, "error: /data does not exist"),
         (b"epoch 3\n", -9, "killed by signal 9; last line: epoch 3"),
         (b"WARNING: mirror padding\nlast\n", 3, "last"),
