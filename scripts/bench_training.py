@@ -87,7 +87,7 @@ SIZES = {
         4.0,
         2,
         {
-            "encoder": {"backbone": "resnet18", "width": 4, "aspp_channels": 8, "norm": "batch"},
+            "encoder": {"backbone": "resnet18", "width": 8, "aspp_channels": 8, "norm": "batch"},
             "decoder_channels": 8,
             "low_reduced": 4,
             "slice_size": [32, 32],
