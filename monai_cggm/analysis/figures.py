@@ -128,7 +128,7 @@ def _training_figure(title: str, kinds: dict[Kind, list[Run]]) -> Item:
             bottom.set_xlabel("epoch")
     _finish(figure, title, chosen, rows["series"], bands=True)
     caption = (
-        "Validation Dice of the fusion and of each modality's classifier (mean over WT, TC and ET), ε of the "
+        f"Validation Dice of the fusion and of each modality's classifier (mean over {regions_text(chosen)}), ε of the "
         "classifiers on training batches, Euclidean norm of each encoder's gradient before (and, with its axis cut at "
         "the 99th percentile, after) it is modulated, and cosine of each classifier's gradient with the fusion's; "
         "means over each epoch's iterations."
@@ -302,8 +302,9 @@ def figure_5(runs: Sequence[Run]) -> Item:
     data = pd.concat([*points, pd.DataFrame(level_rows)], ignore_index=True)
     missing = {"ρ", "λ"} - {symbol for symbol, _ in sweeps}
     caption = (
-        "Mean Dice over WT, TC and ET of the best epoch on validation, faint: a point a run; solid: mean over seeds "
-        "with the sample standard deviation. The best epoch was chosen by this very number, so it is optimistic."
+        f"Mean Dice over {regions_text([*chosen, *baseline])} of the best epoch on validation, faint: a point a run; "
+        "solid: mean over seeds with the sample standard deviation. The best epoch was chosen by this very number, so "
+        "it is optimistic."
         + ("" if not missing else f" No two runs differ in {' or '.join(missing)} alone.")
         + ("" if baseline else " No run of joint training to compare with.")
     )
@@ -501,6 +502,41 @@ def _most(kinds: dict[Kind, list[Run]], number: int) -> dict[Kind, list[Run]]:
 
 def _modalities(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.modalities))
+
+
+# ---------------------------------------------------------------------- regions
+
+
+def regions_of(run: Run) -> tuple[str, ...]:
+    """Return the regions that a run scored, in its own order, as the Dice columns of its tables name them.
+
+    Args:
+        run: the run; where it has no validation, its tests tell.
+    """
+    before = f"validation/{FUSION}_dice_"
+    columns = [column.removeprefix(before) for column in run.epochs.columns if column.startswith(before)]
+    tested = [score.removeprefix("dice_") for who, score in run.tests if who == FUSION and score.startswith("dice_")]
+    return tuple(name for name in dict.fromkeys([*columns, *tested]) if name != "mean")
+
+
+def regions_text(runs: Sequence[Run]) -> str:
+    """Name the regions that a mean Dice is over, for a caption: ``WT, TC and ET``.
+
+    Args:
+        runs: the runs of a figure or table; where their regions differ, those of each run are named.
+    """
+    alike: dict[frozenset[str], list[Run]] = {}
+    for run in runs:
+        if regions := frozenset(regions_of(run)):
+            alike.setdefault(regions, []).append(run)
+    texts = {_listed(regions_of(group[0])): _names(group) for group in alike.values()}
+    if len(texts) < 2:
+        return next(iter(texts), "regions")
+    return f"regions ({'; '.join(f'{text} in {names}' for text, names in texts.items())})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 # ---------------------------------------------------------------------- captions and looks

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from monai_cggm.analysis.cells import FUSION
-from monai_cggm.analysis.figures import FIGURES, Item, LeftOut, source
+from monai_cggm.analysis.figures import FIGURES, Item, LeftOut, regions_of, regions_text, source
 from monai_cggm.analysis.runs import (
     BASELINE_STATES,
     CGGM_STATES,
@@ -26,7 +26,6 @@ from monai_cggm.analysis.runs import (
 from monai_cggm.files import atomic_path
 
 PARTS = {"validation": "validation, best epoch", "test": "test"}
-REGIONS = ("WT", "TC", "ET", "mean")
 #: bytes of a parameter in float32, and of a megabyte as ``resources.json`` counts them
 _BYTES, _MEGABYTE = 4, 2**20
 _PNG_DPI = 150
@@ -128,10 +127,11 @@ def table_5(runs: Sequence[Run]) -> Item:
         for kind, group in kinds.items():
             columns = {m: [run.score(part, m) for run in group] for m in [*modalities, FUSION]}
             rows += _row(_training(kind), part, columns)
-    caption = "Mean Dice over WT, TC and ET of each modality's classifier, and of the fusion; mean ± sd over runs." + (
-        " Unimodal training: a network of one encoder." if alone else " No run of unimodal training was given."
-    )
-    return _table_item("Dice of the classifiers", caption, rows, [*modalities, FUSION], [*alone, *runs_of(kinds)])
+    chosen = [*alone, *runs_of(kinds)]
+    caption = (
+        f"Mean Dice over {regions_text(chosen)} of each modality's classifier, and of the fusion; mean ± sd over runs."
+    ) + (" Unimodal training: a network of one encoder." if alone else " No run of unimodal training was given.")
+    return _table_item("Dice of the classifiers", caption, rows, [*modalities, FUSION], chosen)
 
 
 def table_6(runs: Sequence[Run]) -> Item:
@@ -144,17 +144,18 @@ def table_6(runs: Sequence[Run]) -> Item:
     kinds = _scored({kind: group for kind, group in by_kind(runs).items() if kind.state in states})
     if not any(kind.state in CGGM_STATES for kind in kinds):
         raise LeftOut("needs validation scores of a CGGM run (magnitude, direction or both)")
+    regions = [*dict.fromkeys(name for run in runs_of(kinds) for name in regions_of(run)), "mean"]
     rows = []
     for part in PARTS:
         for kind, group in kinds.items():
-            columns = {region: [run.score(part, FUSION, f"dice_{region}") for run in group] for region in REGIONS}
+            columns = {name: [run.score(part, FUSION, f"dice_{name}") for run in group] for name in regions}
             rows += _row(_training(kind), part, columns)
     found = {kind.state for kind in kinds}
     missing = [s for s in CGGM_STATES if s not in found] + ([] if found & set(BASELINE_STATES) else ["joint training"])
     caption = "Dice of the fusion with the magnitude, the direction, or both modulated; mean ± sd over runs." + (
         f" No run with scores of: {', '.join(missing)}." if missing else ""
     )
-    return _table_item("Magnitude and direction", caption, rows, REGIONS, runs_of(kinds))
+    return _table_item("Magnitude and direction", caption, rows, regions, runs_of(kinds))
 
 
 def table_8(runs: Sequence[Run]) -> Item:

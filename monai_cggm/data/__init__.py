@@ -14,7 +14,14 @@ from monai_cggm.data.features import (
     modalities_in,
     split_features,
 )
-from monai_cggm.data.labels import CONVENTIONS, LabelConvention, convention_for, to_classes, to_labels
+from monai_cggm.data.labels import (
+    CONVENTIONS,
+    LabelConvention,
+    convention_for,
+    label_convention,
+    to_classes,
+    to_labels,
+)
 from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.data.slices import EpochSampler, SliceDataset
@@ -41,6 +48,7 @@ __all__ = [
     "fold_splits",
     "header_problems",
     "is_safe_id",
+    "label_convention",
     "load_cases",
     "load_features",
     "modalities_in",

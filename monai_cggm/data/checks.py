@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from monai_cggm.data.labels import CONVENTIONS, unknown_label_problem, unknown_labels
+from monai_cggm.data.labels import NOT_TOLD, label_convention, unknown_label_problem, unknown_labels
 from monai_cggm.data.layouts import LABEL, SUFFIXES, Case, find_cases, is_safe_id
 from monai_cggm.errors import DataError
 
@@ -31,11 +31,11 @@ class CaseReport:
 
     Attributes:
         case_id: the case's ID.
-        convention: its label convention, None where nothing tells it.
+        convention: its label convention, a name or a map, None where nothing tells it.
         shape: voxels along each axis, None where no file could be read.
         spacing: voxel size in mm.
         labels_found: value in the label file (of the map or not) -> voxels, for the values that occur.
-        tumour_voxels: voxels of a tumour class, None without a readable label.
+        tumour_voxels: voxels of any class but the background, None without a readable label.
         problems: one line each, empty where the case is fine.
     """
 
@@ -249,7 +249,8 @@ def load_cases(
     Args:
         source: a folder or a datalist (see :func:`~monai_cggm.data.layouts.find_cases`).
         modalities: the sequences to use; their order does not matter here.
-        labels: a label convention for every case.
+        labels: a label convention for every case, a name or a map such as ``0=0,1=1,4=2`` (see
+            :func:`~monai_cggm.data.labels.label_convention`).
         skip_bad: leave bad cases out and log them, instead of failing.
         need_label: whether a case must have a segmentation.
         allow_missing: whether a case may lack sequences (one is enough).
@@ -286,10 +287,12 @@ def format_conventions(cases: Sequence[Case] | Sequence[CaseReport]) -> str:
     Example:
         >>> format_conventions([Case("Phantom_000", {}, convention="brats2018")])
         'brats2018 1 (BraTS 2018-2021: 4 is the enhancing tumour)'
+        >>> format_conventions([Case("p01", {}, convention="0=0,1=1"), Case("p02", {}, convention="0=0,1=1")])
+        '0=0,1=1 2 (spelt out, 2 classes with the background)'
     """
     counts = Counter(case.convention for case in cases)
     return "; ".join(
-        f"{name} {count} ({CONVENTIONS[name].note})" if name else f"unknown {count}"
+        f"{name} {count} ({label_convention(name).note})" if name else f"unknown {count}"
         for name, count in sorted(counts.items(), key=lambda item: str(item[0]))
     )
 
@@ -311,10 +314,7 @@ def _id_problems(case: Case) -> list[str]:
             f"its ID is no safe file name: expected letters, digits, '.', '_' and '-', and no '..' ({case.folder})"
         )
     if case.convention is None:
-        problems.append(
-            f"its ID tells no label convention: give --labels ({', '.join(CONVENTIONS)}) "
-            f"or a 'labels' field in the datalist ({case.folder})"
-        )
+        problems.append(f"{NOT_TOLD} ({case.folder})")
     return problems
 
 
@@ -366,7 +366,7 @@ def _check_label(path: Path, convention: str | None) -> tuple[dict[int, int], in
         return {}, None, problem
     if convention is None:
         return {}, None, None  # the missing convention is a problem of the case already
-    table = CONVENTIONS[convention].to_class
+    table = label_convention(convention).to_class
     values = [*table, *(int(value) for value in unknown_labels(array, convention) if value.is_integer())]
     counts = {value: int(np.count_nonzero(array == value)) for value in sorted(values)}
     tumour = sum(count for value, count in counts.items() if table.get(value, 0) > 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monai_cggm.data.labels import CONVENTIONS, convention_for
+from monai_cggm.data.labels import convention_for
 from monai_cggm.errors import CaseError, DataError
 
 LABEL = "label"
@@ -42,7 +42,8 @@ class Case:
         case_id: the ID, from the file names or the datalist's ``case`` field.
         images: modality -> file, of the sequences that were found.
         label: the segmentation, where there is one.
-        convention: name of the label convention (see :mod:`monai_cggm.data.labels`), None where nothing tells it.
+        convention: the label convention, a name or a map (see :func:`monai_cggm.data.labels.label_convention`), None
+            where nothing tells it.
         patient: the patient, whose cases stay in one part of a split.
         folder: where it was found, for error messages.
         problems: what was odd in finding it, such as two files for one sequence.
@@ -89,12 +90,12 @@ def find_cases(source: str | Path, modalities: Sequence[str], *, labels: str | N
 
     The sections ``training``, ``validation`` and ``test`` are read one after the other. ``case`` may be left out where
     the file names give the ID (``p01_flair.nii.gz``), ``labels`` where the ID tells the convention; ``patient`` is
-    optional.
+    optional. ``labels`` may spell a map out, ``"0=0,1=1,4=2"`` (:func:`~monai_cggm.data.labels.label_convention`).
 
     Args:
         source: the folder, or the datalist's path.
         modalities: the sequences to look for.
-        labels: a label convention for every case, over what IDs and datalist say.
+        labels: a label convention for every case, a name or a map, over what IDs and datalist say.
 
     Returns:
         The cases, sorted by ID for a folder, in the datalist's order otherwise. A case may lack sequences or share its
@@ -308,8 +309,6 @@ def _id_of_files(paths: Mapping[str, Path], modalities: Sequence[str]) -> str:
 
 
 def _convention_or_none(case_id: str, override: str | None) -> str | None:
-    if override is not None and override not in CONVENTIONS:
-        raise ValueError(f"'labels' is {override!r}, expected one of {', '.join(CONVENTIONS)}")
     try:
         return convention_for(case_id, override)
     except CaseError:

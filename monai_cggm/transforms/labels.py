@@ -16,14 +16,15 @@ __all__ = ["ClassesToLabelsd", "LabelsToClassesd"]
 
 
 class LabelsToClassesd(MapTransform):
-    """Map label volumes from their data set's values to the classes 0..3 (background, NCR, ED, ET).
+    """Map label volumes from their data set's values to classes, such as 0..3 for background, NCR, ED and ET.
 
     Each case follows its own convention: the item's ``labels`` entry, or else what its ID tells. Volumes of any shape
     come out as uint8; a ``MetaTensor`` keeps its affine.
 
     Args:
         keys: the labels.
-        convention_key: the entry with the convention's name (see :data:`monai_cggm.data.CONVENTIONS`).
+        convention_key: the entry with the convention, a name or a map such as ``0=0,1=1,4=2`` (see
+            :func:`monai_cggm.data.labels.label_convention`).
         case_key: the case's ID.
         allow_missing_keys: accept items without a label.
 
@@ -35,6 +36,9 @@ class LabelsToClassesd(MapTransform):
         >>> item = {"case": "p01", "labels": "brats2018", "label": torch.tensor([0, 1, 2, 4])}
         >>> LabelsToClassesd(keys="label")(item)["label"]
         tensor([0, 1, 2, 3], dtype=torch.uint8)
+        >>> item = {"case": "p01", "labels": "1=1, 2=1", "label": torch.tensor([0, 1, 2])}
+        >>> LabelsToClassesd(keys="label")(item)["label"]
+        tensor([0, 1, 1], dtype=torch.uint8)
     """
 
     def __init__(
@@ -59,11 +63,13 @@ class LabelsToClassesd(MapTransform):
 
 
 class ClassesToLabelsd(MapTransform):
-    """Map class indices 0..3 back to the values of the case's own data set: what a written segmentation holds.
+    """Map class indices back to the values of the case's own data set: what a written segmentation holds.
 
     Args:
-        keys: volumes of class indices, any shape; they come out as uint8.
-        convention_key: the entry with the convention's name (see :data:`monai_cggm.data.CONVENTIONS`).
+        keys: volumes of class indices, any shape; they come out as uint8, or as int16 where the convention has a value
+            above 255.
+        convention_key: the entry with the convention, a name or a map such as ``0=0,1=1,4=2`` (see
+            :func:`monai_cggm.data.labels.label_convention`).
         case_key: the case's ID.
         allow_missing_keys: accept items without these keys.
 

@@ -38,20 +38,20 @@ class SaveSegmentationd(MapTransform):
     resampled the image. A map of another shape is refused, and so is one whose own affine differs from the input's,
     which is how a forgotten ``Invertd`` shows where the shape happens to be the same.
 
-    The file is uint8, with affine, ``qform`` and ``sform`` with their codes, voxel size and units of the input's header
-    as they are; no intensity scaling, and no description, intent or extension of the input. It appears whole or not at
-    all, in place of an older one of that name. Classes are mapped by the case's own convention
-    (:class:`ClassesToLabelsd`, which must therefore not run before).
+    The file is uint8 (int16 where the convention has a value above 255), with affine, ``qform`` and ``sform`` with
+    their codes, voxel size and units of the input's header as they are; no intensity scaling, and no description,
+    intent or extension of the input. It appears whole or not at all, in place of an older one of that name. Classes are
+    mapped by the case's own convention (:class:`ClassesToLabelsd`, which must therefore not run before).
 
     Args:
-        keys: class maps (0 background, 1 NCR, 2 ED, 3 ET), ``(1, *spatial)``; with several keys the file's name is
+        keys: class maps, ``(1, *spatial)``, 0 the background; with several keys the file's name is
             ``<case>_<key>_seg.nii.gz``.
         output_dir: where to write, made if need be; not the folder of the input, whose ``_seg`` is the truth.
         image_keys: where to look for the input: the first that is a path or a volume read from one gives the header.
             Where ``LoadImaged`` read several files, these are its keys; ``image`` after ``ConcatItemsd``.
         case_key: the case's ID.
-        convention_key: the name of the case's label convention (see :data:`monai_cggm.data.CONVENTIONS`); where the
-            item has none, the ID tells it.
+        convention_key: the entry with the case's label convention, a name or a map such as ``0=0,1=1,4=2`` (see
+            :func:`monai_cggm.data.labels.label_convention`); where the item has none, the ID tells it.
         allow_missing_keys: accept items without these keys.
 
     Raises:
@@ -154,7 +154,7 @@ def _check_grid(pred: Any, image: Any, case: str, source: Path) -> None:
 
 def _segmentation(labels: np.ndarray, image: Any) -> Any:
     header = nib.Nifti1Header.from_header(image.header)
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(labels.dtype)
     for field in _NOT_COPIED:
         header[field] = nib.Nifti1Header()[field]
     header.extensions.clear()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import pandas as pd
 import pytest
 
 from monai_cggm.analysis.figures import (
@@ -11,6 +12,8 @@ from monai_cggm.analysis.figures import (
     figure_6,
     figure_7,
     mean_cosines,
+    regions_of,
+    regions_text,
 )
 from monai_cggm.analysis.runs import read_runs
 from tests.analysis.folders import OBSERVE, cggm, make
@@ -147,6 +150,48 @@ def test_figure_5_joins_runs_that_differ_in_one_number(tmp_path):
     (baseline,) = [line for line in rho.lines if line.get_label() == "joint training"]
     assert baseline.get_ydata()[0] == pytest.approx(0.55)
     assert "other" not in item.caption
+
+
+def regions(folder, *names):
+    """Give a run's validation these regions, up to three, instead of WT, TC and ET."""
+    table = pd.read_csv(folder / "epochs.csv")
+    old = ("WT", "TC", "ET")
+    scores = {column: table.pop(column) for column in [*table] if column.endswith(old)}
+    for column, values in scores.items():
+        index = old.index(column[-2:])
+        if index < len(names):
+            table[column[:-2] + names[index]] = values
+    table.to_csv(folder / "epochs.csv", index=False)
+    return folder
+
+
+def test_captions_name_the_regions_of_the_runs(tmp_path):
+    runs = read(
+        regions(make(tmp_path / "a", OBSERVE), "white_matter lesion"),
+        regions(make(tmp_path / "r10", cggm(rho=1.0)), "white_matter lesion"),
+        regions(make(tmp_path / "r12", cggm(rho=1.2)), "white_matter lesion"),
+    )
+    assert [regions_of(run) for run in runs] == [("white_matter lesion",)] * 3
+    assert "classifier (mean over white_matter lesion), ε" in figure_2(runs).caption
+    assert figure_5(runs).caption.startswith("Mean Dice over white_matter lesion of the best epoch")
+
+
+def test_regions_in_words(tmp_path):
+    runs = {
+        "a": make(tmp_path / "a", OBSERVE),
+        "b": regions(make(tmp_path / "b", OBSERVE, seed=1), "ET", "WT", "TC"),
+        "c": regions(make(tmp_path / "c", OBSERVE, seed=2), "gland", "lesion"),
+        "killed": make(tmp_path / "killed", None, test=0.5),
+        "none": make(tmp_path / "none", None),
+    }
+    (runs["killed"] / "epochs.csv").unlink()
+    pd.read_csv(runs["none"] / "iterations.csv").to_csv(runs["none"] / "epochs.csv", index=False)
+    a, b, c, killed, none = read(*runs.values())
+    assert regions_of(killed) == regions_of(a) == ("WT", "TC", "ET")  # without validation the tests tell
+    assert regions_of(none) == ()
+    assert regions_text([a, none]) == "WT, TC and ET"
+    assert regions_text([a, b, c]) == "regions (WT, TC and ET in a, b; gland and lesion in c)"  # the order is no matter
+    assert regions_text([none]) == "regions"
 
 
 def test_figure_6_smooths_losses(tmp_path):

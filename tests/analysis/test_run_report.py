@@ -74,6 +74,39 @@ def test_table_6(tmp_path):
         table_6(read(tmp_path / "joint"))
 
 
+def with_regions(folder, **names):
+    """The run with other regions than BraTS's, in its tables."""
+    for path in (folder / "epochs.csv", folder / "test/summary.csv"):
+        if path.is_file():
+            text = path.read_text()
+            for old, new in names.items():
+                text = text.replace(f"dice_{old}", f"dice_{new}")
+            path.write_text(text)
+    return folder
+
+
+def test_tables_have_the_regions_of_the_runs(tmp_path):
+    observe = with_regions(make(tmp_path / "observe", OBSERVE), WT="gland", TC="zone_1", ET="lesion")
+    both = with_regions(make(tmp_path / "both", cggm(), dice=0.6, test=0.7), WT="gland", TC="zone_1", ET="lesion")
+    runs = read(observe, both)
+    item = table_6(runs)
+    assert list(item.shown) == ["training", "scores", "runs", "gland", "zone_1", "lesion", "mean"]
+    test = item.data[item.data["scores"] == "test"].set_index("training")
+    assert test.loc["CGGM, ρ=1.2, λ=0.1, paper", "lesion"] == pytest.approx(0.7)
+    assert table_5(runs).caption.startswith("Mean Dice over gland, zone_1 and lesion of each")
+
+
+def test_regions_that_some_runs_lack(tmp_path):
+    other = with_regions(make(tmp_path / "both", cggm()), WT="lesion", TC="gland", ET="rim")
+    runs = read(make(tmp_path / "observe", OBSERVE), other)
+    item = table_6(runs)
+    assert list(item.shown)[3:] == ["WT", "TC", "ET", "lesion", "gland", "rim", "mean"]
+    shown = item.shown.set_index("training").loc["joint training, watched"]
+    assert (shown["WT"], shown["lesion"], shown["mean"]) == ("0.500", "–", "0.500")
+    expected = "Mean Dice over regions (WT, TC and ET in observe; lesion, gland and rim in both) of each"
+    assert table_5(runs).caption.startswith(expected)
+
+
 def test_table_8(tmp_path):
     item = table_8(read(*experiment(tmp_path)))
     (row,) = item.data.to_dict("records")

@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from monai_cggm.data.checks import check_case, geometry_problems, header_problems, image_problem, load_cases
+from monai_cggm.data.checks import (
+    check_case,
+    format_conventions,
+    geometry_problems,
+    header_problems,
+    image_problem,
+    load_cases,
+)
 from monai_cggm.data.layouts import find_cases
 from monai_cggm.errors import DataError
 
@@ -159,7 +166,13 @@ CASES = {
     "no NIfTI": (lambda root: file_of(root, "t1").write_bytes(b"x" * 999), "t1 cannot be read", "t1", True),
     "unsafe ID": (rename_case("Brats18_a..b"), "its ID is no safe file name", "", True),
     "space in ID": (rename_case("Brats18_a b"), "its ID is no safe file name", "", True),
-    "unknown ID": (rename_case("patient07"), "tells no label convention: give --labels", "", True),
+    "unknown ID": (
+        rename_case("patient07"),
+        "tells no label convention: give --labels (one of brats2018, brats2023, brats2024, msd or pairs of value=class "
+        "such as 0=0,1=1) or a 'labels' field in the datalist",
+        "",
+        True,
+    ),
     "two files": (lambda root: save(image(), file_of(root, "t1").with_suffix("")), "t1: 2 files", "", True),
     "NaN": (replace("t1", with_values(image(), np.nan)), "t1 has 1 NaN or infinite voxels", "t1", False),
     "infinite": (replace("t2", with_values(image(), np.inf, -np.inf)), "t2 has 2 NaN or infinite voxels", "t2", False),
@@ -215,6 +228,26 @@ def test_unknown_labels_are_shown_and_are_no_tumour(tmp_path: Path) -> None:
     report = check_case(case, MODALITIES)
     assert report.tumour_voxels == np.prod(SHAPE) / 3  # the cavity is background
     assert report.problems == ()
+
+
+def test_a_map_that_is_spelt_out(tmp_path: Path) -> None:
+    make_case(tmp_path, "patient07", (0, 2, 3, 5))
+    (case,) = find_cases(tmp_path, MODALITIES, labels="2=1, 3=0, 5=1")
+    report = check_case(case, MODALITIES)
+    assert report.convention == "0=0,3=0,2=1,5=1"
+    assert report.labels_found == {value: np.prod(SHAPE) / 4 for value in (0, 2, 3, 5)}
+    assert report.tumour_voxels == np.prod(SHAPE) / 2
+    assert report.problems == ()
+    assert format_conventions([report, report]) == "0=0,3=0,2=1,5=1 2 (spelt out, 2 classes with the background)"
+    (item,) = load_cases(tmp_path, MODALITIES, labels="2=1, 3=0, 5=1")
+    assert item["labels"] == report.convention
+
+    (case,) = find_cases(tmp_path, MODALITIES, labels="2=1,3=2")
+    report = check_case(case, MODALITIES)
+    assert list(report.labels_found) == [0, 2, 3, 5]
+    assert report.tumour_voxels == np.prod(SHAPE) / 2  # 5 is nothing that the map knows
+    file = tmp_path / "patient07" / "patient07_seg.nii.gz"
+    assert report.problems == (f"label label values [5] are not in the map 0=0,2=1,3=2 ({file})",)
 
 
 def test_a_case_without_tumour_is_legal(tmp_path: Path) -> None:

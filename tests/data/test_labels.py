@@ -3,12 +3,22 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 
-from monai_cggm.data.labels import CONVENTIONS, convention_for, to_classes, to_labels, unknown_labels
+from monai_cggm.data.labels import (
+    CONVENTIONS,
+    convention_for,
+    label_convention,
+    to_classes,
+    to_labels,
+    unknown_label_problem,
+    unknown_labels,
+)
 from monai_cggm.errors import CaseError
 
 # value in the file -> class (0 background, 1 NCR, 2 ED, 3 ET)
@@ -133,3 +143,110 @@ def test_convention_is_not_guessed(case_id: str) -> None:
 def test_unknown_convention() -> None:
     with pytest.raises(ValueError, match=r"'brats2019'.*brats2018, brats2023, brats2024, msd"):
         convention_for("Brats18_2013_2_1", "brats2019")
+
+
+# text -> its fixed form, value -> class, class -> value that is written back
+SPELT_OUT = {
+    "0=0,1=1,4=2": ("0=0,1=1,4=2", {0: 0, 1: 1, 4: 2}, {0: 0, 1: 1, 2: 4}),
+    " 4 = 2 ,0=0, 1=1 ": ("0=0,1=1,4=2", {0: 0, 1: 1, 4: 2}, {0: 0, 1: 1, 2: 4}),
+    "1=1": ("0=0,1=1", {0: 0, 1: 1}, {0: 0, 1: 1}),
+    "007=01": ("0=0,7=1", {0: 0, 7: 1}, {0: 0, 1: 7}),
+    "5=1,3=1,0=0,4=1": ("0=0,5=1,3=1,4=1", {0: 0, 5: 1, 3: 1, 4: 1}, {0: 0, 1: 5}),
+    "255=0,1=1": ("0=0,255=0,1=1", {0: 0, 255: 0, 1: 1}, {0: 0, 1: 1}),
+    "255=0,0=0,1=1": ("255=0,0=0,1=1", {0: 0, 255: 0, 1: 1}, {0: 255, 1: 1}),
+    "0=1,9=0": ("9=0,0=1", {9: 0, 0: 1}, {0: 9, 1: 0}),
+    "300=1,2035=2": ("0=0,300=1,2035=2", {0: 0, 300: 1, 2035: 2}, {0: 0, 1: 300, 2: 2035}),
+    "32767=1": ("0=0,32767=1", {0: 0, 32767: 1}, {0: 0, 1: 32767}),
+}
+
+
+@pytest.mark.parametrize("text", SPELT_OUT)
+def test_a_map_that_is_spelt_out(text: str) -> None:
+    name, there, back = SPELT_OUT[text]
+    convention = label_convention(text)
+    assert (convention.name, dict(convention.to_class), dict(convention.from_class)) == (name, there, back)
+    assert convention.num_classes == len(back)
+    assert convention_for("patient07", text) == convention_for("Brats18_2013_2_1", text) == name
+    assert label_convention(name) == convention
+
+
+@pytest.mark.parametrize("text", SPELT_OUT)
+@pytest.mark.parametrize("dtype", ["int16", "int64", "uint16", "float32"])
+def test_volumes_of_a_map_that_is_spelt_out(text: str, dtype: str) -> None:
+    _, there, back = SPELT_OUT[text]
+    labels = np.resize(list(there), (3, 4, 5)).astype(dtype)
+    classes = to_classes(labels, text, "a")
+    assert classes.dtype == np.uint8
+    np.testing.assert_array_equal(classes, np.vectorize(there.get)(labels))
+    written = to_labels(classes, text)
+    assert written.dtype == (np.int16 if max(back.values()) > 255 else np.uint8)
+    np.testing.assert_array_equal(written, np.vectorize(back.get)(classes))
+    if dtype == "uint16":  # of which PyTorch can do little
+        return
+    as_tensor = to_classes(torch.from_numpy(labels), text, "a")
+    assert as_tensor.dtype == torch.uint8
+    np.testing.assert_array_equal(as_tensor.numpy(), classes)
+    back_again = to_labels(as_tensor, text)
+    assert back_again.numpy().dtype == written.dtype
+    np.testing.assert_array_equal(back_again.numpy(), written)
+
+
+def test_a_large_value_is_no_small_one_with_the_same_bits() -> None:
+    """PyTorch compares a tensor of bytes with 300 as with 44."""
+    convention = "44=1,300=2"
+    for labels in (torch.tensor([0, 44], dtype=torch.uint8), np.array([0, 44], dtype=np.uint8)):
+        assert to_classes(labels, convention, "a").tolist() == [0, 1]
+    assert to_classes(torch.tensor([0, 44, 300]), convention, "a").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1", "unknown label convention '1': expected one of brats2018, brats2023, brats2024, msd or pairs of"),
+        ("", "unknown label convention '': expected one of"),
+        (["0=0"], "unknown label convention"),
+        ("0=0,1", "found '1', expected pairs of whole numbers from 0 on such as 0=0,1=1"),
+        ("0=0,1=1,", "found '', expected pairs"),
+        ("0=0;1=1", "found '0=0;1=1', expected pairs"),
+        ("0=0,-1=1", "found '-1=1', expected pairs"),
+        ("0=0,1=-1", "found '1=-1', expected pairs"),
+        ("0=0,1.5=1", "found '1.5=1', expected pairs"),
+        ("0=0,1=1=2", "found '1=1=2', expected pairs"),
+        ("0=0,x=1", "found 'x=1', expected pairs"),
+        ("brats2018=1", "found 'brats2018=1', expected pairs"),
+        ("0=0,1=1,01=2", "the value 1 is there twice, expected once"),
+        ("0=0,1=2", "no value is class 1, expected classes from 0 on without gaps"),
+        ("0=0,1=1,2=3,3=5", "no value is class 2, expected"),
+        ("0=1,1=2", "no value is class 0, expected"),
+        ("0=0", "every value is background, expected a class 1"),
+        ("7=0", "every value is background, expected a class 1"),
+        ("0=0,32768=1", "found 32768=1, expected values up to 32767 and classes up to 255"),
+        (",".join(f"{i}={i}" for i in range(257)), "found 256=256, expected values up to 32767 and classes up to 255"),
+    ],
+)
+def test_a_text_that_is_no_convention(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        label_convention(text)
+    assert repr(text) in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convention_for("Brats18_2013_2_1", text)
+
+
+def test_as_many_classes_as_bytes_have() -> None:
+    text = ",".join(f"{i}={i}" for i in range(256))
+    np.testing.assert_array_equal(to_classes(np.arange(256), text, "a"), np.arange(256))
+
+
+def test_a_value_outside_a_map_that_is_spelt_out() -> None:
+    problem = "label values [2, 5] are not in the map 0=0,1=1,4=2"
+    assert unknown_label_problem(np.array([0, 5, 2, 4]), "1=1, 4=2") == problem
+    assert unknown_labels(np.array([0, 5, 2, 4]), "1=1, 4=2") == [2.0, 5.0]
+    with pytest.raises(CaseError, match=re.escape(f"case p01: {problem} (m.nii)")):
+        to_classes(np.array([0, 5, 2, 4]), "1=1, 4=2", "p01", "m.nii")
+
+
+@pytest.mark.parametrize(("text", "last"), [("1=1", 1), ("1=1,2=1,3=2", 2), ("brats2018", 3)])
+def test_the_error_names_the_convention_s_own_classes(text: str, last: int) -> None:
+    message = f"values [{last + 1}] are no classes (0 to {last})"
+    with pytest.raises(CaseError, match=re.escape(message)):
+        to_labels(np.array([0, last + 1]), text, "p01")

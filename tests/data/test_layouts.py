@@ -188,6 +188,17 @@ def test_datalist(tmp_path: Path) -> None:
     assert [case.convention for case in find_cases(path, ["flair"], labels="brats2023")] == ["brats2023"] * 3
 
 
+def test_a_map_may_be_spelt_out(tmp_path: Path) -> None:
+    entries = [{"case": "a", "labels": "4 = 2, 1=1", "flair": "a.nii"}, {"case": "b", "flair": "b.nii"}]
+    path = datalist(tmp_path / "list.json", {"training": entries})
+    first, second = find_cases(path, ["flair"])
+    assert (first.convention, second.convention) == ("0=0,1=1,4=2", None)
+    assert json.loads(json.dumps(first.as_dict()))["labels"] == "0=0,1=1,4=2"
+    assert [case.convention for case in find_cases(path, ["flair"], labels="1=1")] == ["0=0,1=1"] * 2
+    with pytest.raises(ValueError, match="label map '1=2': no value is class 1"):
+        find_cases(path, ["flair"], labels="1=2")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -199,7 +210,14 @@ def test_datalist(tmp_path: Path) -> None:
         ({"training": [{"case": "a", "image": "a.nii"}]}, r"training\[0\].*one multi-channel 'image' has to be split"),
         ({"training": [{"case": "a", "flair": ["a.nii", "b.nii"]}]}, "flair is list, expected one path"),
         ({"training": [{"case": 7, "flair": "a.nii"}]}, "'case' is 7, expected a string"),
-        ({"training": [{"case": "a", "labels": "x", "flair": "a.nii"}]}, "'labels' is 'x', expected one of brats2018"),
+        (
+            {"training": [{"case": "a", "labels": "x", "flair": "a.nii"}]},
+            r"training\[0\]: unknown label convention 'x': expected one of brats2018",
+        ),
+        (
+            {"training": [{"case": "a", "labels": "0=0,1=2", "flair": "a.nii"}]},
+            r"training\[0\]: label map '0=0,1=2': no value is class 1",
+        ),
         ({"training": [{"flair": "a.nii"}]}, "has no 'case'"),
         ({"training": [{"flair": "a_flair.nii", "t1": "b_t1.nii"}]}, "no common ID"),
     ],

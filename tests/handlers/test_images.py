@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import ValidationHandler
@@ -9,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from monai_cggm.handlers import RunLog, ValidationImages
-from monai_cggm.handlers.images import CLASS_COLOURS, classes_of, comparison_figure
+from monai_cggm.handlers.images import CLASS_COLOURS, class_colours, classes_of, comparison_figure
 
 TITLES = ("flair", "t1ce", "t1", "t2")
 
@@ -21,6 +24,14 @@ def case(shape=(10, 12, 6), modalities=4):
     label[0, 2:8, 3:9, 4] = 2
     label[0, 5, 5, 1] = 3
     return image, label
+
+
+def legend(figure):
+    return {
+        text.get_text(): patch.get_facecolor()[:3]
+        for legend in figure.legends
+        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
 
 
 def panels(figure):
@@ -74,6 +85,53 @@ def test_refuses_titles_that_do_not_fit():
         comparison_figure(image, label, label, titles=["flair"])
 
 
+@pytest.mark.parametrize("highest", [1, 2, 7, 8, 30])
+def test_any_number_of_classes(highest):
+    image, label = torch.rand(2, 40, 6), torch.zeros(1, 40, 6, dtype=torch.uint8)
+    label[0, :highest, 2] = torch.arange(1, highest + 1)
+    figure = comparison_figure(image, label, torch.zeros_like(label), titles=TITLES[:2])
+    colours = class_colours(highest)
+    assert len(set(colours)) == highest
+    assert list(legend(figure)) == [f"class {i}" for i in range(1, highest + 1)]
+    np.testing.assert_allclose(list(legend(figure).values()), colours)
+    grey, _, truth, found = (unturned(panel) for panel in panels(figure))
+    np.testing.assert_allclose(truth[:highest, 2], 0.45 * grey[:highest, 2] + 0.55 * np.asarray(colours))
+    np.testing.assert_array_equal(found, grey)
+
+
+def test_without_any_class_there_is_no_legend():
+    image, label = torch.rand(2, 7, 5), torch.zeros(1, 7, 5)
+    assert comparison_figure(image, label, label, titles=TITLES[:2]).legends == []
+    assert list(legend(comparison_figure(image, label, label, titles=TITLES[:2], class_names=["lesion"]))) == ["lesion"]
+
+
+def test_names_of_classes():
+    image, label = case()
+    names = ["core", "edema", "enhancing"]
+    found = legend(comparison_figure(image, label, torch.zeros_like(label), titles=TITLES, class_names=names))
+    assert list(found) == names
+    np.testing.assert_allclose(list(found.values()), CLASS_COLOURS[:3])
+    for truth, pred in ((label, 0 * label), (0 * label, label)):
+        with pytest.raises(ValueError, match="class 3 has no name, got 2: core, edema"):
+            comparison_figure(image, truth, pred, titles=TITLES, class_names=names[:2])
+
+
+def linear(colours):
+    """Light of each colour, and what each kind of cones of a dichromat makes of it (Viénot et al. 1999)."""
+    light = np.asarray(colours) ** 2.2
+    protan = [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]
+    deutan = [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]
+    return [light, light @ np.transpose(protan), light @ np.transpose(deutan)]
+
+
+def test_colours_differ_for_the_colour_blind_too():
+    colours = class_colours(len(CLASS_COLOURS))
+    assert max(map(max, colours)) <= 1
+    for seen in linear(colours):
+        apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+        assert apart[~np.eye(len(colours), dtype=bool)].min() > 0.12
+
+
 def test_classes_of_scores_and_of_classes():
     scores = torch.tensor([[0.1, 0.9], [0.2, 0.0], [0.7, 0.1]]).reshape(3, 1, 2)
     assert classes_of(scores).tolist() == [[[2, 0]]]
@@ -117,6 +175,38 @@ def test_pictures_of_a_run(tmp_path, epochs, every, expected, decollate):
     assert [picture.step for picture in found] == [2 * epoch for epoch in expected]
     assert found[0].width == 180 * 6
     assert len(found[0].encoded_image_string) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("channels", "class_names", "expected", "warned"),
+    [
+        (4, None, ["class 1", "class 2", "class 3"], False),
+        (4, ["core", "edema", "enhancing"], ["core", "edema", "enhancing"], False),
+        (5, ["core", "edema", "enhancing"], ["class 1", "class 2", "class 3", "class 4"], True),
+        (4, ["a", "b", "c", "d"], ["class 1", "class 2", "class 3"], True),
+        (4, ["lesion"], ["class 1", "class 2", "class 3"], True),
+        (1, ["a", "b", "c", "d"], ["a", "b", "c", "d"], False),  # classes, not scores: the fourth is not in sight
+        (1, ["a", "b"], ["class 1", "class 2", "class 3"], True),
+        (1, None, ["class 1", "class 2", "class 3"], False),
+    ],
+)
+def test_names_are_shown_where_they_fit(tmp_path, caplog, channels, class_names, expected, warned):
+    image, label = case()
+    pred = torch.zeros(channels, *label.shape[1:])
+    validator, trainer = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)
+    trainer.state.epoch = 1
+    validator.state.output = [{"image": image, "label": label, "pred": {"fusion": pred, "flair": pred[:1]}}]
+    validator.state.iteration = 1
+    log = RunLog(tmp_path)
+    log.writer = Mock()
+    ValidationImages(log, validator, modalities=TITLES, class_names=class_names)._draw(validator, trainer)
+    (_, figure, _), _ = log.writer.add_figure.call_args
+    assert list(legend(figure)) == expected
+    assert ("class_names has" in caplog.text) == warned
+    if warned:
+        assert f"class_names has {len(class_names)} names ({', '.join(class_names)}), expected {len(expected)}" in (
+            caplog.text
+        )
 
 
 def test_refuses_no_interval(tmp_path):

@@ -12,6 +12,8 @@ CONVENTIONS = [
     ("brats2018", [0, 1, 2, 4], [0, 1, 2, 3]),
     ("brats2023", [0, 1, 2, 3], [0, 1, 2, 3]),
     ("msd", [0, 1, 2, 3], [0, 2, 1, 3]),
+    ("1=1, 2=2, 7=3", [0, 1, 2, 7], [0, 1, 2, 3]),
+    ("2=1,2035=3,5=2", [0, 2, 5, 2035], [0, 1, 2, 3]),
 ]
 
 
@@ -63,16 +65,25 @@ def test_unknown_values_are_refused(value: float):
         LabelsToClassesd("label")(item)
 
 
-@pytest.mark.parametrize("labels", [None, "brats1999"])
+@pytest.mark.parametrize("labels", [None, "brats1999", "0=0,1=2", ["brats2018"]])
 def test_an_unknown_convention_is_refused(labels: str | None):
     for transform in (LabelsToClassesd("label"), ClassesToLabelsd("label")):
-        with pytest.raises(CaseError, match=r"case p01: .*(--labels|brats2018)"):
+        with pytest.raises(CaseError, match=r"case p01: .*(--labels|brats2018|without gaps)"):
             transform({"case": "p01", "labels": labels, "label": torch.tensor([0])})
 
 
 def test_classes_that_do_not_exist_are_refused():
     with pytest.raises(CaseError, match=r"values \[4\] are no classes"):
         ClassesToLabelsd("pred")({"case": "Phantom_000", "pred": torch.tensor([0, 4])})
+
+
+def test_several_values_of_one_class_are_written_as_the_first():
+    item = {"case": "p01", "labels": "3=1, 1=1, 4=2", "label": torch.tensor([0, 1, 3, 4])}
+    there = LabelsToClassesd("label")(item)
+    assert there["label"].tolist() == [0, 1, 1, 2]
+    assert ClassesToLabelsd("label")(there)["label"].tolist() == [0, 3, 3, 4]
+    with pytest.raises(CaseError, match=r"case p01: values \[3\] are no classes \(0 to 2\)"):
+        ClassesToLabelsd("label")({**there, "label": torch.tensor([0, 3])})
 
 
 def test_missing_keys_only_where_allowed():

@@ -115,6 +115,20 @@ def test_geometry_and_labels(tmp_path, affine, convention):
 
 
 @pytest.mark.parametrize(
+    ("convention", "values", "dtype"),
+    [("1=1, 7=3, 5=2", (0, 1, 5, 7), np.uint8), ("2=1, 255=2, 2035=3, 3=1", (0, 2, 255, 2035), np.int16)],
+)
+def test_a_map_that_is_spelt_out(tmp_path, convention, values, dtype):
+    source = write_image(tmp_path / "in" / "a_flair.nii.gz")
+    written = save(item_of(source, class_map(), case="patient7", labels=convention), tmp_path / "out")
+    assert nib.load(written).get_data_dtype() == dtype
+    assert np.array_equal(np.asarray(nib.load(written).dataobj), np.take(values, class_map()))
+    read = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(written))).T
+    assert read.dtype == dtype
+    assert np.array_equal(read, np.take(values, class_map()))
+
+
+@pytest.mark.parametrize(
     ("case", "labels"),
     [("Brats18_CBICA_APZ_1", (0, 1, 2, 4)), ("BraTS-GLI-00000-000", (0, 1, 2, 3)), ("BRATS_001", (0, 2, 1, 3))],
 )
@@ -205,6 +219,7 @@ def test_an_id_that_is_no_file_name(tmp_path, case):
         (lambda item: {"flair": None}, "no file is known for any of flair, t1"),
         (lambda item: {"flair": item["flair"] + "x"}, r"cannot read the input's header.*x\.nii\.gzx\)"),
         (lambda item: {"labels": "brats1999"}, "case Phantom_000: unknown label convention 'brats1999'"),
+        (lambda item: {"labels": "0=0,1=1"}, r"case Phantom_000: values \[2, 3\] are no classes \(0 to 1\)"),
         (lambda item: {"case": "patient7"}, "case patient7: its ID tells no label convention"),
     ],
 )
