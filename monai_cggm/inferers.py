@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference over whole volumes with a network of slices, missing modalities included."""
+"""Inference over whole volumes with a network of slices or of patches, missing modalities included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SliceInferer
+from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.utils import convert_to_dst_type
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -89,36 +89,12 @@ class VolumeInferer(SliceInferer):
             TypeError: where there is a mask but the network is no module.
             ValueError: where ``present`` is not ``(B, M)``, or leaves a case without any modality.
         """
-        plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        if plain.dtype in (torch.float16, torch.bfloat16):
-            plain = plain.float()
-        if present is None:
-            logits = self._volumes(plain, network)
-        else:
-            _check_present(present, plain)
-            if not isinstance(network, nn.Module):
-                raise TypeError(f"a mask needs a torch.nn.Module that takes `present`, got {type(network).__name__}")
-            each = [
-                self._volumes(case[None], Present(network, mask.bool()))
-                for case, mask in zip(plain, present, strict=True)
-            ]
-            logits = _concatenate(each)
-        return _with_metadata(logits, inputs)
+        return _predicted(self._volumes, inputs, network, present)
 
     def _volumes(self, inputs: Tensor, network: Callable[..., Logits]) -> Logits:
         if self._takes_whole_slices(inputs):
             return self._whole_slices(inputs, network)
-        order: list[str] = []
-
-        def slices(x: Tensor) -> Logits:
-            logits = network(x)
-            if isinstance(logits, dict) and not order:
-                order.extend(logits)
-            return logits
-
-        logits = cast(Logits, super().__call__(inputs, slices))
-        # MONAI hands a dictionary back sorted by key, which would put the tables' rows out of the modalities' order.
-        return {name: logits[name] for name in order} if isinstance(logits, dict) else logits
+        return _in_windows(super().__call__, inputs, network)
 
     def _takes_whole_slices(self, inputs: Tensor) -> bool:
         """Whether the direct way does the same as MONAI's, which also refuses what fits neither."""
@@ -146,6 +122,118 @@ class VolumeInferer(SliceInferer):
         if self.device is None and self.cpu_thresh is not None and inputs.shape[2:].numel() > self.cpu_thresh:
             return torch.device("cpu")
         return torch.device(self.device or inputs.device)
+
+
+class PatchInferer(SlidingWindowInferer):
+    """Runs a 3-D network over patches of volumes, and blends them where they overlap.
+
+    MONAI's ``SlidingWindowInferer``, with what :class:`VolumeInferer` adds to MONAI's ``SliceInferer``: each case goes
+    alone through :class:`monai_cggm.networks.Present` with its own presence mask, dictionaries of logits keep the
+    network's order, inputs in half precision are computed in float32, and logits in half precision, as autocast returns
+    them, are blended in float32.
+
+    Args:
+        roi_size: the patch; -1 takes all of an axis. An axis shorter than it is padded by zeros, as the background is.
+        sw_batch_size: how many patches go through the network at a time.
+        overlap: share of a patch that it has in common with the next, along each axis.
+        mode: ``constant``, where overlapping predictions count alike, or ``gaussian``, less towards a patch's edges.
+        kwargs: other arguments of ``SlidingWindowInferer``, such as ``device``, ``progress``. Its ``buffer_steps``
+            keeps one prediction of several, so a network that returns a dictionary is refused with it.
+
+    Example:
+        >>> volumes = torch.zeros(1, 4, 40, 32, 20)
+        >>> PatchInferer([16, 16, 16])(volumes, nn.Conv3d(4, 3, kernel_size=1)).shape
+        torch.Size([1, 3, 40, 32, 20])
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int] | int,
+        sw_batch_size: int = 1,
+        overlap: Sequence[float] | float = 0.25,
+        mode: str = "constant",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(roi_size, sw_batch_size, overlap, mode, **kwargs)
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: Tensor,
+        network: Callable[..., Logits],
+        present: Tensor | None = None,
+    ) -> Logits:
+        """Predict volumes.
+
+        Args:
+            inputs: volumes ``(B, M, H, W, D)``.
+            network: returns logits ``(b, K, h, w, d)`` of patches or a dictionary of them; with ``present`` it must be
+                a module that takes ``present``, as :class:`monai_cggm.networks.MultimodalSegmenter` does.
+            present: which modalities each case has, boolean ``(B, M)``; None where all are there.
+
+        Returns:
+            Logits ``(B, K, H, W, D)``, or a dictionary of them in the network's own order; with the inputs' metadata.
+            Predictions that the network makes for some cases of the batch only are left out.
+
+        Raises:
+            TypeError: where there is a mask but the network is no module.
+            ValueError: where ``present`` is not ``(B, M)``, or leaves a case without any modality; for a patch of
+                another number of axes than the volumes have; and for a dictionary under ``buffer_steps``.
+        """
+        return _predicted(self._volumes, inputs, network, present)
+
+    def _volumes(self, inputs: Tensor, network: Callable[..., Logits]) -> Logits:
+        def patches(x: Tensor) -> Logits:
+            logits = network(x)
+            if self.buffer_steps and isinstance(logits, dict):
+                raise ValueError(
+                    f"buffer_steps keeps one prediction, and the network returns {', '.join(logits)}: leave it out"
+                )
+            return logits
+
+        return _in_windows(super().__call__, inputs, patches)
+
+
+def _predicted(
+    volumes: Callable[[Tensor, Callable[..., Logits]], Logits],
+    inputs: Tensor,
+    network: Callable[..., Logits],
+    present: Tensor | None,
+) -> Logits:
+    """Predict with ``volumes``, which knows no masks: all cases together without one, each alone with its own."""
+    plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+    if plain.dtype in (torch.float16, torch.bfloat16):
+        plain = plain.float()
+    if present is None:
+        logits = volumes(plain, network)
+    else:
+        _check_present(present, plain)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"a mask needs a torch.nn.Module that takes `present`, got {type(network).__name__}")
+        each = [volumes(case[None], Present(network, mask.bool())) for case, mask in zip(plain, present, strict=True)]
+        logits = _concatenate(each)
+    return _with_metadata(logits, inputs)
+
+
+def _in_windows(infer: Callable[..., Any], inputs: Tensor, network: Callable[..., Logits]) -> Logits:
+    """Call one of MONAI's inferers, and bring a dictionary back into the network's order."""
+    order: list[str] = []
+
+    def windows(x: Tensor) -> Logits:
+        logits = network(x)
+        if not isinstance(logits, dict):
+            return _blended_in(logits, inputs.dtype)
+        if not order:
+            order.extend(logits)
+        return {name: _blended_in(values, inputs.dtype) for name, values in logits.items()}
+
+    logits = cast(Logits, infer(inputs, windows))
+    # MONAI hands a dictionary back sorted by key, which would put the tables' rows out of the modalities' order.
+    return {name: logits[name] for name in order} if isinstance(logits, dict) else logits
+
+
+def _blended_in(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """MONAI multiplies the logits by the windows' weights in place, in the logits' type."""
+    return logits.to(dtype) if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _empty_slices(inputs: Tensor, spatial_dim: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole volumes through a network of slices, each case with its own presence mask."""
+"""Whole volumes through a network of slices or of patches, each case with its own presence mask."""
 
 import itertools
 
@@ -9,8 +9,16 @@ from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
 from torch import nn
 
-from monai_cggm.inferers import VolumeInferer
-from monai_cggm.networks import FusionAndUnimodal, MultimodalSegmenter, UnimodalClassifiers
+from monai_cggm.inferers import PatchInferer, VolumeInferer
+from monai_cggm.networks import (
+    FusionAndUnimodal,
+    MultimodalSegmenter,
+    Subsets,
+    UnimodalClassifiers,
+    modality_subsets,
+    subset_masks,
+    subset_predictor,
+)
 
 MODALITIES = ("flair", "t1ce", "t1")
 
@@ -95,7 +103,7 @@ def test_fusion_and_classifiers_keep_the_networks_order(network, masked):
     present = torch.tensor([[True, True, False], [False, True, True]]) if masked else None
     logits = VolumeInferer(sw_batch_size=2)(x, both, present=present)
     # of the first case no classifier sees the last modality, of the second none the first
-    assert list(logits) == ["fusion", MODALITIES[1]] if masked else ["fusion", *MODALITIES]
+    assert list(logits) == (["fusion", MODALITIES[1]] if masked else ["fusion", *MODALITIES])
     for index in range(2):
         for depth in range(x.shape[-1]):
             mask = None if present is None else present[index : index + 1]
@@ -350,3 +358,148 @@ def test_what_the_inferer_cannot_use_is_refused(network):
         VolumeInferer()(volumes(1)[..., 0], network)
     with pytest.raises(ValueError, match="spatial_dim"):
         VolumeInferer(spatial_dim=3)(volumes(1), network)
+
+
+@pytest.fixture(scope="module")
+def network_3d():
+    torch.manual_seed(1)
+    encoder = {"backbone": "resnet18", "width": 4, "aspp_channels": 8, "spatial_dims": 3}
+    return MultimodalSegmenter(MODALITIES, 4, encoder=encoder, decoder_channels=8).eval()
+
+
+def gaussian(size):
+    """MONAI's weights of a patch: a Gaussian whose σ is an eighth of it, at least a thousandth of its largest value."""
+    axes = [torch.exp(-((torch.arange(n) - (n - 1) / 2) ** 2) / (2 * (n / 8) ** 2)) for n in size]
+    weights = axes[0][:, None, None] * axes[1][:, None] * axes[2]
+    return weights.clamp(min=float(weights[weights > 0].min().clamp(min=1e-3)))
+
+
+def patch_by_patch(network, case, starts, size, weights=None, mask=None):
+    """The same by hand: ``(M, H, W, D)`` to ``(K, H, W, D)``, from where the patches start along each axis."""
+    present = None if mask is None else mask[None]
+    weights = torch.ones(size) if weights is None else weights
+    total = count = 0.0
+    for start in itertools.product(*starts):
+        at = (slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))
+        logits = torch.zeros(network.num_classes, *case.shape[1:])
+        share = torch.zeros(1, *case.shape[1:])
+        logits[at] = network(case[at][None], present=present)[0] * weights
+        share[at] = weights
+        total, count = total + logits, count + share
+    return total / count
+
+
+@pytest.mark.parametrize("mode", ["constant", "gaussian"])
+@torch.no_grad()
+def test_patches_are_blended_where_they_overlap(network_3d, mode):
+    x, size = volumes(1, (28, 16, 20)), (16, 16, 16)
+    logits = PatchInferer(size, sw_batch_size=3, mode=mode)(x, network_3d)
+    # a quarter of 16 overlaps, and the last patch ends where the volume does
+    starts = ([0, 12], [0], [0, 4])
+    weights = gaussian(size) if mode == "gaussian" else None
+    expected = patch_by_patch(network_3d, x[0], starts, size, weights)
+    assert logits.shape == (1, 4, 28, 16, 20)
+    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-5)
+    half = PatchInferer(size, overlap=0.5, mode=mode)(x, network_3d)[0]
+    expected = patch_by_patch(network_3d, x[0], ([0, 8, 12], [0], [0, 4]), size, weights)
+    torch.testing.assert_close(half, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(half, logits[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_patch_of_the_whole_volume_and_one_that_is_larger(network_3d):
+    x = volumes(2, (17, 12, 9))
+    expected = network_3d(x)
+    torch.testing.assert_close(PatchInferer([-1, -1, -1])(x, network_3d), expected)
+    padded = nn.functional.pad(x, (3, 4, 2, 2, 0, 0))
+    found = PatchInferer([17, 16, 16], sw_batch_size=4)(x, network_3d)
+    torch.testing.assert_close(found, network_3d(padded)[..., 2:-2, 3:-4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sw_batch_size", [1, 3, 16])
+@torch.no_grad()
+def test_patches_of_cases_with_different_masks_are_not_mixed(network_3d, sw_batch_size):
+    x = volumes(2, (20, 16, 16))
+    present = torch.tensor([[True, False, False], [False, True, True]])
+    logits = PatchInferer([16, 16, 16], sw_batch_size=sw_batch_size)(x, network_3d, present=present)
+    for case, mask, found in zip(x, present, logits, strict=True):
+        expected = patch_by_patch(network_3d, case, ([0, 4], [0], [0]), (16, 16, 16), mask=mask)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_a_dictionary_of_patches_keeps_the_networks_order(network_3d, masked):
+    both = FusionAndUnimodal(network_3d, UnimodalClassifiers.for_network(network_3d)).eval()
+    x = volumes(2, (16, 16, 16))
+    present = torch.tensor([[True, True, False], [False, True, True]]) if masked else None
+    logits = PatchInferer([16, 16, 16], sw_batch_size=2)(x, both, present=present)
+    assert list(logits) == (["fusion", MODALITIES[1]] if masked else ["fusion", *MODALITIES])
+    for index in range(2):
+        mask = None if present is None else present[index : index + 1]
+        expected = both(x[index : index + 1], present=mask)
+        for name in logits:
+            torch.testing.assert_close(logits[name][index : index + 1], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_subset_is_predicted_in_patches(network_3d):
+    x, inferer = volumes(1, (20, 16, 16)), PatchInferer([16, 16, 16])
+    logits = inferer(x, Subsets(network_3d))
+    assert list(logits) == [subset_predictor(s, MODALITIES) for s in modality_subsets(MODALITIES)]
+    for (name, found), mask in zip(logits.items(), subset_masks(MODALITIES), strict=True):
+        alone = inferer(x, network_3d, present=mask[None])
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_patches_of_half_precision_are_computed_in_float32(network_3d):
+    x = volumes(1, (20, 16, 16)).half()
+    logits = PatchInferer([16, 16, 16])(x, network_3d)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, PatchInferer([16, 16, 16])(x.float(), network_3d))
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_blended_in_float32(dtype, dictionary):
+    x = volumes(1, (20, 9, 9))
+
+    def network(patches):
+        return {"a": patches.to(dtype)} if dictionary else patches.to(dtype)
+
+    logits = PatchInferer([8, 8, 8], mode="gaussian", overlap=0.5)(x, network)
+    logits = logits["a"] if dictionary else logits
+    assert logits.dtype == torch.float32
+    # what every patch says of a voxel is the same here, and so is its mean
+    torch.testing.assert_close(logits, x.to(dtype).float(), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_predictions_of_patches_have_the_volumes_metadata(network_3d):
+    affine = torch.diag(torch.tensor([-1.0, -1.0, 3.0, 1.0], dtype=torch.float64))
+    x = MetaTensor(volumes(1, (16, 16, 16)), affine=affine, meta={"filename_or_obj": "x"})
+    logits = PatchInferer([16, 16, 16])(x, network_3d, present=torch.tensor([[True, False, True]]))
+    assert torch.equal(logits.affine, affine)
+    assert logits.meta["filename_or_obj"] == "x"
+
+
+def test_patches_that_do_not_fit(network_3d, network):
+    x = volumes(1, (16, 16, 16))
+    with pytest.raises(ValueError, match="4 dimensions for 2D roi_size"):
+        PatchInferer([16, 16])(x, network_3d)
+    with pytest.raises(ValueError, match=r"present must be \(batch, modalities\) = \(1, 3\), got shape \(3,\)"):
+        PatchInferer([16, 16, 16])(x, network_3d, present=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module that takes `present`"):
+        PatchInferer([16, 16, 16])(x, lambda patches: patches, present=torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="spatial_dims=2 got an image of 3 spatial axes"):
+        PatchInferer([16, 16, 16])(x, network)
+    with pytest.raises(ValueError, match="buffer_steps keeps one prediction, and the network returns a, b"):
+        PatchInferer([16, 16, 16], buffer_steps=1)(x, lambda patches: {"a": patches, "b": patches})
+
+
+@torch.no_grad()
+def test_buffered_patches_are_monai_s(network_3d):
+    x = volumes(1, (20, 16, 16))
+    plain, buffered = (PatchInferer([16, 16, 16], sw_batch_size=2, buffer_steps=n)(x, network_3d) for n in (None, 1))
+    torch.testing.assert_close(buffered, plain)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random slices of cached volumes whose draws depend on seed, epoch and case, and on nothing else."""
+"""Random slices or patches of cached volumes; their draws depend on seed, epoch and case, and on nothing else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
+import torch
 from monai.data import DistributedSampler, get_track_meta, set_track_meta
 from monai.transforms import Compose, Randomizable
 from torch.utils.data import Dataset
@@ -18,7 +19,7 @@ from monai_cggm.data.volumes import CachedVolumes
 
 
 class SliceDataset(Dataset):
-    """Training slices of volumes: one item is the list of a case's slices, which MONAI's ``DataLoader`` flattens.
+    """Training slices, or patches, of volumes: one item is the list of a case's, which MONAI's ``DataLoader`` flattens.
 
     Before an item is made, the random transforms are seeded from (seed, epoch, index). So what is drawn does not depend
     on the number of workers or processes, nor on what was drawn before: a resumed run draws what an uninterrupted one
@@ -27,8 +28,10 @@ class SliceDataset(Dataset):
 
     Args:
         volumes: prepared cases (see :func:`monai_cggm.data.cached_volumes`).
-        transform: the random transforms, ``RandSlicesd`` first: the volumes are the cache's own and must not be
-            changed in place.
+        transform: the random transforms, first one that draws slices (``RandSlicesd``) or patches (MONAI's
+            ``RandCropByPosNegLabeld``, say). The volumes are the cache's own and must not be changed in place, and
+            neither must what MONAI crops, which is a view of them until a transform copies it. What leaves as a view
+            is copied here: a patch in hand neither keeps its volume alive nor changes it.
         seed: an integer of at least 0.
 
     Example:
@@ -55,10 +58,10 @@ class SliceDataset(Dataset):
         return len(self.volumes)  # type: ignore[arg-type]
 
     def __getitem__(self, key: int | tuple[int, int]) -> list[dict[str, Any]]:
-        """Make the slices of one case.
+        """Make the slices, or patches, of one case.
 
         Args:
-            key: (epoch, index of the case), or the index alone, which means epoch 0: the same slices every time.
+            key: (epoch, index of the case), or the index alone, which means epoch 0: the same ones every time.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[index]
@@ -68,7 +71,8 @@ class SliceDataset(Dataset):
         volume = None if isinstance(self.volumes, CachedVolumes) else self.volumes[index]
         with _without_metadata():
             item = self.transform(self.volumes[index] if volume is None else volume)
-        return item if isinstance(item, list) else [item]
+        samples = item if isinstance(item, list) else [item]
+        return [{name: _own(value) for name, value in sample.items()} for sample in samples]
 
 
 class EpochSampler(DistributedSampler):
@@ -117,11 +121,18 @@ class EpochSampler(DistributedSampler):
         return ((epoch, index) for index in super().__iter__())
 
 
+def _own(value: Any) -> Any:
+    """A tensor that is a part of a larger one gets its own memory."""
+    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return value.clone(memory_format=torch.contiguous_format)
+    return value
+
+
 @contextmanager
 def _without_metadata() -> Iterator[None]:
     """Let MONAI's transforms return plain tensors.
 
-    Keeping the metadata of small slices, which nothing reads, takes longer than cropping and augmenting them. The
+    Keeping the metadata of small samples, which nothing reads, takes longer than cropping and augmenting them. The
     switch is MONAI's own and global, so only the main thread of a process (a worker's too) may touch it.
     """
     if not get_track_meta() or threading.current_thread() is not threading.main_thread():

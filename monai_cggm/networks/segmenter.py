@@ -66,6 +66,7 @@ class MultimodalSegmenter(nn.Module):
         first = encoders[0]
         if first.in_channels != 1:
             raise ValueError(f"each modality is one channel of the image, got encoder in_channels={first.in_channels}")
+        self.spatial_dims = first.spatial_dims
         self.output_stride = first.output_stride
         self.low_stride = first.low_stride
         self.encoders = nn.ModuleDict(dict(zip(self.modalities, encoders, strict=True)))
@@ -94,7 +95,7 @@ class MultimodalSegmenter(nn.Module):
             Logits ``(B, num_classes, *S)``, or ``(R * B, num_classes, *S)``.
 
         Raises:
-            ValueError: for another number of channels, or a mask of another shape.
+            ValueError: for another number of channels or of spatial axes, or a mask of another shape.
         """
         _check_present(present, len(self.encoders))
         if present is not None and present.shape[0] % x.shape[0] != 0:
@@ -105,6 +106,8 @@ class MultimodalSegmenter(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Run the encoders: ``x`` ``(B, M, *S)`` gives each modality's low- and high-level features."""
+        if x.dim() != 2 + self.spatial_dims:
+            raise ValueError(f"encoders of spatial_dims={self.spatial_dims} got an image of {x.dim() - 2} spatial axes")
         if x.shape[1] != len(self.encoders):
             raise ValueError(f"expected {len(self.encoders)} channels, one a modality, got {x.shape[1]}")
         x = pad_to_multiple(x, self.output_stride)

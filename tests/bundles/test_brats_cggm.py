@@ -29,7 +29,7 @@ from tests.bundles.running import BUNDLE, CONFIGS, NETWORK, TINY, command, envir
 OVERLAYS = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent.name not in ("hardware", "studies") and path.stem != "ensemble"
+    if path.parent.name not in ("hardware", "studies") and path.stem not in ("ensemble", "patches_3d_inference")
 )
 METHOD_PARTS = {"epsilon", "balance", "gradient_norm", "modulated_norm", "cosine"}
 
