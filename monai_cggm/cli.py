@@ -24,6 +24,7 @@ from monai_cggm.resources import share_path
 if TYPE_CHECKING:
     from monai_cggm.data.checks import CaseReport
     from monai_cggm.data.layouts import Case
+    from monai_cggm.new_bundle import NewBundle
 
 MODALITIES = "flair,t1ce,t1,t2"
 TABLE_WIDTH = 100
@@ -44,7 +45,10 @@ Source = Annotated[Path, typer.Argument(help="Folder of cases (searched through)
 Modalities = Annotated[str, typer.Option(help="Sequences, with commas between them.")]
 Labels = Annotated[
     str | None,
-    typer.Option(help="Label convention of every case: brats2018, brats2023, brats2024 or msd. By the ID otherwise."),
+    typer.Option(
+        help="Label convention of every case: brats2018, brats2023, brats2024, msd, or pairs of value=class such as "
+        "0=0,1=1,4=2. By the ID otherwise."
+    ),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="List bad cases and go on without them.")]
 
@@ -326,6 +330,200 @@ def _shares(text: str, expected: str = "sequence=share pairs, such as t1=0.5") -
         raise DataError([f"--informativeness is {text!r}: expected {expected}"]) from None
 
 
+@app.command("new-bundle")
+@_reports_errors
+def new_bundle(
+    out: Annotated[Path, typer.Argument(help="Folder to make, outside the data.")],
+    data: Annotated[Path, typer.Option(help="Folder of cases, in any layout that is known, or a datalist .json.")],
+    modality: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATTERN", help="Files of a modality, such as flair=*_FLAIR*.nii.gz; once for each."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="PATTERN", help="Files of the labels, such as *_mask*.")] = None,
+    modalities: Annotated[
+        str | None, typer.Option(help="Only these of what is found, in this order; or the names of a file's channels.")
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUES", help="A region to score, such as WT=1,2,4; default: each label."),
+    ] = None,
+    spatial_dims: Annotated[
+        int | None, typer.Option(min=2, max=3, help="2: slices; 3: patches. By the voxels' shape otherwise.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="paper, or small for CPUs. By whether there is a GPU otherwise.")
+    ] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Cases may lack modalities.")] = False,
+    folds: Annotated[int | None, typer.Option(min=2, help="Splits for cross-validation instead of one.")] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy all volumes, so that no name of a file comes along.")
+    ] = False,
+    title: Annotated[str | None, typer.Option(help="The bundle's name in words.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Cases read at a time.")] = min(4, os.cpu_count() or 1),
+) -> None:
+    """Look at a folder of cases, say what it is, and write a bundle that trains on it.
+
+    Layouts: a folder a case, files side by side, nnU-Net, Medical Segmentation Decathlon, BIDS, a datalist. Formats:
+    NIfTI, NRRD, MHA, DICOM series. Volumes of a case must lie on one grid: see monai-cggm align.
+
+    \b
+    Examples:
+      monai-cggm new-bundle ms_bundle --data ms_lesions
+      monai-cggm new-bundle prostate --data Task05_Prostate --region gland=1,2 --region peripheral=1
+      monai-cggm new-bundle my_bundle --data my_cases --modality t2=*_T2*.nii.gz --modality adc=*_ADC*.nii.gz
+    """  # noqa: D301
+    import torch
+
+    from monai_cggm.discovery import discover
+    from monai_cggm.new_bundle import Wishes
+    from monai_cggm.new_bundle import new_bundle as write_bundle
+
+    found = discover(
+        data,
+        patterns=_pairs(modality or [], "--modality", "flair=*_FLAIR*.nii.gz"),
+        label_pattern=label,
+        modalities=_names(modalities) if modalities else None,
+        allow_missing=allow_missing,
+    )
+    for note in found.notes:
+        typer.echo(note)
+    wishes = Wishes(
+        title=title,
+        spatial_dims=spatial_dims,
+        regions={
+            name: _numbers(values, int, "--region", "whole numbers")
+            for name, values in _pairs(region or [], "--region", "WT=1,2,4").items()
+        },
+        network=network or ("paper" if torch.cuda.is_available() else "small"),
+        allow_missing=allow_missing,
+        folds=folds,
+        seed=seed,
+    )
+    made = write_bundle(found, out, wishes, copy=copy, workers=workers)
+    console = _console()
+    for table in _survey_tables(made):
+        console.print(table)
+    if made.unlabelled:
+        typer.echo(f"Left out: {len(made.unlabelled)} cases without a label.")
+    counts = ", ".join(f"{part} {count}" for part, count in made.parts.items())
+    typer.echo(f"{out}: {counts}{f' (the first of {folds} folds)' if folds else ''}. To train, and to compare:")
+    typer.echo(f"  cd {out} && python -m monai.bundle run --config_file configs/train.yaml")
+    typer.echo(f"  monai-cggm compare {out / 'study.yaml'} --data {out / 'datalist.json'} --out comparison")
+
+
+@app.command("to-nnunet")
+@_reports_errors
+def to_nnunet(
+    out: Annotated[Path, typer.Argument(help="Folder of nnU-Net's raw data sets ($nnUNet_raw), outside the data.")],
+    data: Annotated[Path, typer.Option(help="Folder of cases, in any layout that is known, or a datalist .json.")],
+    dataset_id: Annotated[int, typer.Option("--id", min=1, max=999, help="Number of the data set.")],
+    name: Annotated[str, typer.Option(help="Its name: letters, digits, _ and -.")],
+    split: Annotated[
+        Path | None, typer.Option(help="A split of a run, a bundle or monai-cggm split; default: the data set's own.")
+    ] = None,
+    modality: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATTERN", help="Files of a modality, such as flair=*_FLAIR*.nii.gz; once for each."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="PATTERN", help="Files of the labels, such as *_mask*.")] = None,
+    modalities: Annotated[
+        str | None, typer.Option(help="Only these of what is found, in this order; or the names of a file's channels.")
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUES", help="Train on regions, such as WT=1,2,4; default: on the labels."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cases read at a time.")] = min(4, os.cpu_count() or 1),
+) -> None:
+    """Write a data set as raw data of nnU-Net 2, to train it on the same cases and the same split.
+
+    Labels are numbered 0, 1, 2, ... without gaps, and what they were is printed. Every case needs every modality. What
+    was written before is kept where it fits.
+
+    \b
+    Examples:
+      monai-cggm to-nnunet nnUNet_raw --data ms_lesions --id 501 --name MsLesions --split ms_bundle/split.json
+      monai-cggm to-nnunet nnUNet_raw --data BraTS2018 --id 502 --name BraTS --region WT=1,2,4 --region TC=1,4
+    """  # noqa: D301
+    from monai_cggm.discovery import discover
+    from monai_cggm.discovery.nnunet import write_nnunet
+
+    found = discover(
+        data,
+        patterns=_pairs(modality or [], "--modality", "flair=*_FLAIR*.nii.gz"),
+        label_pattern=label,
+        modalities=_names(modalities) if modalities else None,
+        need_label=split is None,  # a split lists the labelled cases
+        allow_missing=True,  # refused by write_nnunet, all of them at once and with the reason
+    )
+    for note in found.notes:
+        typer.echo(note)
+    regions = {
+        key: _numbers(values, int, "--region", "whole numbers")
+        for key, values in _pairs(region or [], "--region", "WT=1,2,4").items()
+    }
+    made = write_nnunet(found, out, dataset_id=dataset_id, name=name, split=split, regions=regions, workers=workers)
+    typer.echo("Channels: " + ", ".join(f"{n:04d} {key}" for n, key in enumerate(found.modalities)))
+    for number, values in made.original_values.items():
+        typer.echo(f"class {number} was {', '.join(map(str, values))}")
+    for key, classes in made.labels.items():
+        typer.echo(f"{key}: {classes}")
+    if made.left_out:
+        typer.echo(f"Left out: {len(made.left_out)} cases without a label.")
+    typer.echo(f"{made.folder}: " + ", ".join(f"{part} {len(ids)}" for part, ids in made.parts.items()))
+    if made.splits is not None:
+        typer.echo(
+            f"The fold: after nnUNetv2_plan_and_preprocess, copy {made.splits} to "
+            f"$nnUNet_preprocessed/{made.folder.name}, and train with fold 0."
+        )
+
+
+def _pairs(texts: Sequence[str], option: str, example: str) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    bad = [text for text, (name, _, value) in zip(texts, pairs, strict=True) if not (name.strip() and value.strip())]
+    names = [name.strip() for name, _, _ in pairs]
+    bad += [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if bad:
+        raise ValueError(f"{option} is {', '.join(map(repr, bad))}: expected different names, such as {example}")
+    return dict(zip(names, (value.strip() for _, _, value in pairs), strict=True))
+
+
+def _survey_tables(made: NewBundle) -> list[Table]:
+    from monai_cggm.data.checks import format_shape
+
+    def mostly(counts: dict, text: Callable) -> str:
+        more = f", {len(counts) - 1} others" if len(counts) > 1 else ""
+        return ", ".join(f"{text(key)} ({count} cases)" for key, count in list(counts.items())[:1]) + more
+
+    survey, plan = made.survey, made.plan
+    facts = {
+        "modalities": ", ".join(plan.modalities),
+        "shape": mostly(survey.shapes, format_shape),
+        "spacing (mm)": mostly(survey.spacings, lambda sizes: " × ".join(f"{size:g}" for size in sizes)),
+        **{f"{key} missing": f"{len(ids)} cases" for key, ids in survey.missing.items()},
+        **plan.reasons,
+        "network": plan.network,
+    }
+    about = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    for name, text in facts.items():
+        about.add_row(name, text)
+    labels = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in ("value", "class", "name", "voxels", "cases", "weight", "regions"):
+        labels.add_column(head, justify="right" if head in ("value", "class", "voxels", "cases", "weight") else "left")
+    for number, (value, name) in enumerate(plan.classes.items()):
+        labels.add_row(
+            str(value),
+            str(number),
+            name,
+            f"{survey.label_values.get(value, 0):,}",
+            str(survey.label_cases.get(value, 0)),
+            f"{plan.class_weights[number]:g}",
+            ", ".join(region for region, classes in plan.regions.items() if number in classes),
+        )
+    return [about, labels]
+
+
 @app.command()
 @_reports_errors
 def split(
@@ -521,7 +719,7 @@ def _table(reports: Sequence[CaseReport]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("case", overflow="fold")
-    table.add_column("convention", no_wrap=True)
+    table.add_column("convention", overflow="fold")
     table.add_column("shape", no_wrap=True)
     table.add_column("spacing (mm)", no_wrap=True)
     table.add_column("labels", no_wrap=True)

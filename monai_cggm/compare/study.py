@@ -277,6 +277,22 @@ def _load_one(path: Path) -> dict[str, Any]:
         raise DataError([f"study {path} is no YAML: {error}"]) from error
     if not isinstance(content, dict):
         raise DataError([f"study {path}: expected keys such as arms, config and reference, found {content!r}"])
+    return _with_files_beside(content, path.parent)
+
+
+def _with_files_beside(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Name the files that lie beside a study by their paths; others are looked up later, by :func:`find_file`."""
+
+    def beside(names: Any) -> Any:
+        if not isinstance(names, list):
+            return names
+        return [str(folder / name) if isinstance(name, str) and (folder / name).is_file() else name for name in names]
+
+    content |= {key: beside(content[key]) for key in ("config", "evaluation", "splits") if key in content}
+    arms = content.get("arms")
+    for arm in arms.values() if isinstance(arms, Mapping) else ():
+        if isinstance(arm, dict) and "overlays" in arm:
+            arm["overlays"] = beside(arm["overlays"])
     return content
 
 

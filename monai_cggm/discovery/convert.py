@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from monai_cggm.data.layouts import LABEL, SECTIONS, is_safe_id
+from monai_cggm.discovery.dataset_json import DATASET
 from monai_cggm.discovery.found import Found, FoundCase, Source
 from monai_cggm.discovery.names import modality_of
 from monai_cggm.discovery.sources import Grid, is_plain, read_volumes
@@ -34,13 +35,22 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class _Target:
-    """One NIfTI file to write."""
+class Target:
+    """One NIfTI file to write.
+
+    Attributes:
+        case_id: the case, for messages.
+        key: modality or ``"label"``.
+        source: where the voxels are.
+        file: where they go.
+        classes: of a label, value -> class that is written for it; None keeps the values.
+    """
 
     case_id: str
     key: str
     source: Source
     file: Path
+    classes: Mapping[int, int] | None = None
 
 
 def write_datalist(
@@ -75,21 +85,21 @@ def write_datalist(
             also where ``out`` lies in the source, or a part of it is a link to elsewhere.
     """
     folder = Path(out).expanduser().absolute()
-    _refuse_folder(folder, found)
-    targets: dict[tuple[str, str], _Target] = {}
+    refuse_folder(folder, found)
+    targets: dict[tuple[str, str], Target] = {}
     problems: list[str] = []
     for case in found.cases:
         for key, source in case.sources().items():
             try:
                 if copy or not is_plain(source):
                     file = folder / VOLUMES / case.case_id / f"{key}.nii.gz"
-                    targets[case.case_id, key] = _Target(case.case_id, key, source, file)
+                    targets[case.case_id, key] = Target(case.case_id, key, source, file)
             except Exception as error:  # nibabel's, of a dozen kinds
                 problems.append(f"case {case.case_id}: {key} cannot be read: {error} ({source.path})")
-    problems += _links(targets.values(), folder)
+    problems += links_out(targets.values(), folder)
     if problems:
         raise DataError(problems)
-    _convert(list(targets.values()), workers=workers, progress=progress)
+    write_volumes(list(targets.values()), workers=workers, progress=progress)
     sections: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
     items = []
     for case in sorted(found.cases, key=lambda case: SECTIONS.index(case.section)):
@@ -105,9 +115,16 @@ def write_datalist(
     return items
 
 
-def _refuse_folder(folder: Path, found: Found) -> None:
-    source = found.source.resolve() if found.source.is_dir() else None
-    if source is not None and (folder.resolve() == source or source in folder.resolve().parents):
+def refuse_folder(folder: Path, found: Found) -> None:
+    """Refuse a folder to write to, before any long work.
+
+    Raises:
+        DataError: where it lies in the source, is a file, or holds the datalist that was read; also where a case or a
+            modality has a name that is not safe.
+    """
+    described = found.source.is_file() and found.source.name == DATASET
+    source = (found.source.parent if described else found.source).resolve()
+    if source.is_dir() and (folder.resolve() == source or source in folder.resolve().parents):
         raise DataError([f"{folder} lies in {found.source}, where its files would be found as cases: choose another"])
     # Found is a plain object that anybody can make: no name of it may lead out of the folder.
     keys = {key for case in found.cases for key in case.images}
@@ -121,7 +138,7 @@ def _refuse_folder(folder: Path, found: Found) -> None:
         raise DataError([f"{folder} is a file, expected a folder"])
 
 
-def _links(targets: Any, folder: Path) -> list[str]:
+def links_out(targets: Iterable[Target], folder: Path) -> list[str]:
     """Problems of targets that a link would lead out of the folder."""
     root = folder.resolve()
     led = {target.file.parent for target in targets if root not in target.file.parent.resolve().parents}
@@ -137,8 +154,18 @@ def _written(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-def _convert(targets: Sequence[_Target], *, workers: int, progress: bool) -> None:
-    by_file: dict[Path, list[_Target]] = defaultdict(list)
+def write_volumes(targets: Sequence[Target], *, workers: int, progress: bool) -> None:
+    """Write NIfTI files; those that were made from the same sources before are kept.
+
+    Args:
+        targets: the files; those of one source file are written together.
+        workers: threads (0 and 1 are the same); each holds one source file, uncompressed.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: names every source that cannot be converted; the others are written.
+    """
+    by_file: dict[Path, list[Target]] = defaultdict(list)
     for target in targets:
         by_file[target.source.path].append(target)
     problems: list[str] = []
@@ -165,7 +192,7 @@ def _cancelled(pool: ThreadPoolExecutor) -> Iterator[None]:
         raise
 
 
-def _convert_file(targets: Sequence[_Target]) -> list[str]:
+def _convert_file(targets: Sequence[Target]) -> list[str]:
     """Write what comes from one source file; return what went wrong."""
     first = targets[0]
     try:
@@ -180,7 +207,7 @@ def _convert_file(targets: Sequence[_Target]) -> list[str]:
     for target, mark in due:
         try:
             voxels = array[..., target.source.channel or 0]
-            data = _label_voxels(voxels) if target.key == LABEL else _image_voxels(voxels)
+            data = _label_voxels(voxels, target.classes) if target.key == LABEL else _image_voxels(voxels)
             _write(target.file, data, grid, units, mark)
         except (ValueError, OSError) as error:
             problems.append(f"case {target.case_id}: {target.key} {error} ({target.source.path})")
@@ -201,13 +228,25 @@ def _image_voxels(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int32 if np.iinfo(np.int32).min <= low and high <= np.iinfo(np.int32).max else np.float32)
 
 
-def _label_voxels(array: np.ndarray) -> np.ndarray:
+def _label_voxels(array: np.ndarray, classes: Mapping[int, int] | None = None) -> np.ndarray:
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise ValueError("has values that are no whole numbers")
+    if classes is not None:
+        unknown = [int(value) for value in np.unique(array) if value not in classes]
+        if unknown:
+            raise ValueError(f"has values {unknown}, expected {', '.join(map(str, classes))}")
+        array = _numbered(array, classes)
     for dtype in (np.uint8, np.int16, np.int32):
         if np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max:
             return array.astype(dtype)
     raise ValueError(f"has values up to {array.max():g}, expected labels")
+
+
+def _numbered(array: np.ndarray, classes: Mapping[int, int]) -> np.ndarray:
+    numbers = np.zeros(array.shape, np.int32)
+    for value, number in classes.items():
+        numbers[array == value] = number
+    return numbers
 
 
 def _write(file: Path, voxels: np.ndarray, grid: Grid, units: str, mark: bytes) -> None:
@@ -224,7 +263,7 @@ def _write(file: Path, voxels: np.ndarray, grid: Grid, units: str, mark: bytes) 
         temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=3, mtime=0))
 
 
-def _mark(target: _Target) -> bytes:
+def _mark(target: Target) -> bytes:
     """What tells a file that was made from this source; it fits a NIfTI header's 80 bytes of description."""
     path = target.source.path
     # An .mhd or .nhdr file has its voxels in another one beside it.
@@ -232,7 +271,9 @@ def _mark(target: _Target) -> bytes:
     beside = [file for file in path.parent.iterdir() if file.stem == path.stem] if detached else [path]
     files = sorted(path.iterdir()) if path.is_dir() else sorted(beside)
     stats = [(str(file.absolute()), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
-    text = repr((_FORMAT, target.source.kind, target.source.channel, target.key == LABEL, stats))
+    made: tuple[Any, ...] = (_FORMAT, target.source.kind, target.source.channel, target.key == LABEL, stats)
+    # Only where there are classes: files that were made without keep their mark.
+    text = repr(made if target.classes is None else (*made, sorted(target.classes.items())))
     return b"monai_cggm " + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32].encode()
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change configuration files as texts, so that the comments in them stay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+#: Where the comments of the bundles' configurations begin.
+_COMMENTS = 40
+
+_KEY = re.compile(r"([^\s#:'\"-][^\s:]*):(\s|$)")
+
+
+def blocks(text: str) -> dict[str, str]:
+    r"""Split a configuration into its keys, each with all of its lines, comments beside them included.
+
+    Comments between two keys belong to neither, and are not in what is returned.
+
+    Example:
+        >>> blocks("a: 1  # one\n# about b\nb:\n  c: 2\n")
+        {'a': 'a: 1  # one', 'b': 'b:\n  c: 2'}
+    """
+    lines = text.splitlines()
+    return {key: "\n".join(lines[start:end]) for key, (start, end) in _places(lines).items()}
+
+
+def overlaid(text: str, overlay: str, *, known_only: bool = False) -> str:
+    r"""Replace keys of a configuration by those of another one, where they stand; new ones come at the end.
+
+    It says what merging the two files says, as one file. A key such as ``train#preprocessing`` changes a part of what
+    was defined above it, so that these come at the end too.
+
+    Args:
+        text: the configuration.
+        overlay: the other one.
+        known_only: leave out keys that ``text`` does not have.
+
+    Example:
+        >>> print(overlaid("# first\na: 1\nb: 2  # two\n", "b: 3\nb#c: 4\n"), end="")
+        # first
+        a: 1
+        b: 3
+        b#c: 4
+    """
+    lines = text.splitlines()
+    places = _places(lines)
+    changed = blocks(overlay)
+    for key in sorted(changed.keys() & places.keys(), key=lambda key: -places[key][0]):
+        start, end = places[key]
+        lines[start:end] = changed[key].splitlines()
+    if not known_only:
+        lines += [line for key, block in changed.items() if key not in places for line in block.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def as_text(values: Mapping[str, tuple[Any, str | None]]) -> str:
+    """Write keys with plain values, a line each, with a comment or none.
+
+    Example:
+        >>> print(as_text({"modalities": (["ct", "pet"], "channel order"), "seed": (0, None)}), end="")
+        modalities: [ct, pet]                    # channel order
+        seed: 0
+    """
+    lines = []
+    for key, (value, comment) in values.items():
+        dumped = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+        plain = dumped.removesuffix("...\n").strip()
+        line = f"{key}: {plain}"
+        lines.append(f"{line:<{_COMMENTS}} # {comment}" if comment else line)
+    return "\n".join(lines) + "\n"
+
+
+def headed(text: str, head: str) -> str:
+    r"""Put another comment in place of the one that a file begins with.
+
+    Example:
+        >>> print(headed("# old\n# text\n\na: 1\n", "new"), end="")
+        # new
+        <BLANKLINE>
+        a: 1
+    """
+    lines = text.splitlines()
+    while lines and (lines[0].startswith("#") or not lines[0].strip()):
+        lines.pop(0)
+    comment = [f"# {line}".rstrip() for line in head.splitlines()]
+    return "\n".join([*comment, "", *lines]) + "\n"
+
+
+def _places(lines: list[str]) -> dict[str, tuple[int, int]]:
+    """Key -> first line and the line behind its last."""
+    starts = [(index, match[1]) for index, line in enumerate(lines) if (match := _KEY.match(line))]
+    places = {}
+    for (start, key), (behind, _) in zip(starts, [*starts[1:], (len(lines), "")], strict=True):
+        end = behind
+        while end > start + 1 and not lines[end - 1].startswith((" ", "- ")):
+            end -= 1  # blank lines, and comments that belong to what follows
+        places[key] = (start, end)
+    return places

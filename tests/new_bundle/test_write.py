@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a folder to a trained bundle, its scores and a report, as a user does it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from monai.bundle import ConfigParser
+from typer.testing import CliRunner
+
+from monai_cggm.cli import app
+from monai_cggm.discovery import discover
+from monai_cggm.errors import DataError
+from monai_cggm.new_bundle import NewBundle, Wishes, new_bundle
+from tests.new_bundle.folders import PATIENTS, bids, folders, msd, nnunet, volumes
+
+#: an even smaller network and budget, for tests
+TINY = ["encoder#width=8", "encoder#aspp_channels=8", "decoder_channels=8", "low_reduced=4", "slices_per_volume=2"]
+TINY += ["epochs=2", "val_interval=2", "image_interval=2", "warmup_epochs=1"]
+
+
+def made(tmp_path: Path, source: Path, **wishes) -> NewBundle:
+    return new_bundle(discover(source), tmp_path / "bundle", Wishes(**{"network": "small", **wishes}), progress=False)
+
+
+def command(*arguments: object) -> str:
+    """What a command prints; it must succeed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def train_config(folder: Path) -> dict:
+    return yaml.safe_load((folder / "configs/train.yaml").read_text())
+
+
+def test_a_bundle_is_complete_and_says_what_was_found(tmp_path):
+    bundle = made(tmp_path, folders(tmp_path / "data"), regions={"all": [1, 2], "core": [1]}, title="Two zones")
+    names = {str(path.relative_to(bundle.folder)) for path in bundle.folder.rglob("*") if path.is_file()}
+    configs = {"train.yaml", "evaluate.yaml", "inference.yaml", "multi_gpu_train.yaml", "metadata.json", "logging.conf"}
+    assert names == {f"configs/{name}" for name in configs} | {
+        *("LICENSE", "datalist.json", "split.json", "study.yaml", "docs/README.md", "docs/data_license.txt")
+    }
+    config = train_config(bundle.folder)
+    assert config["modalities"] == ["adc", "t2"]
+    assert config["labels"] == "0=0,1=1,2=2"
+    assert config["num_classes"] == 3
+    assert config["regions"] == {"all": [1, 2], "core": [1]}
+    assert config["orientation"] == "LPS"
+    assert config["slice_size"] == [48, 48]  # 32 × 36 voxels are not empty
+    assert config["volumes_per_batch"] == 2
+    assert config["encoder"]["backbone"] == "resnet18"
+    inference = yaml.safe_load((bundle.folder / "configs/inference.yaml").read_text())
+    for key in ("modalities", "labels", "num_classes", "orientation", "encoder", "decoder_channels", "low_reduced"):
+        assert inference[key] == config[key]
+    split = json.loads((bundle.folder / "split.json").read_text())
+    assert sorted(case for part in ("train", "validation", "test") for case in split[part]) == list(PATIENTS)
+    card = (bundle.folder / "docs/README.md").read_text()
+    voxels = sum(int((volumes(number)[1] == 2).sum()) for number in range(len(PATIENTS)))
+    assert f"| 2 | label_2 | 2 | {voxels:,} (" in card
+    assert "Not a medical device" in card
+    assert not any(patient in card for patient in PATIENTS)
+
+
+def test_the_metadata_describe_the_network(tmp_path):
+    bundle = made(tmp_path, nnunet(tmp_path / "data"))
+    content = json.loads((bundle.folder / "configs/metadata.json").read_text())
+    image, pred = content["network_data_format"]["inputs"]["image"], content["network_data_format"]["outputs"]["pred"]
+    assert image["channel_def"] == {"0": "t2", "1": "adc"}  # dataset.json's order
+    assert (image["num_channels"], image["spatial_shape"], image["modality"]) == (2, ["*", "*"], "MR")
+    assert pred["channel_def"] == {"0": "background", "1": "transition_zone", "2": "peripheral_zone"}
+    assert "BraTS" not in json.dumps(content)
+    assert train_config(bundle.folder)["regions"] == {"transition_zone": [1], "peripheral_zone": [2]}
+
+
+def test_nothing_of_brats_is_left_in_the_configurations(tmp_path):
+    bundle = made(tmp_path, folders(tmp_path / "data"))
+    for path in (bundle.folder / "configs").glob("*.yaml"):
+        config = ConfigParser.load_config_file(path)
+        values = {key: value for key, value in config.items() if not key.endswith("class_names")}
+        assert not re.search(r"brats_cggm|t1ce|BraTS2021", json.dumps(values)), path.name
+
+
+def test_a_folder_that_has_a_bundle_is_refused(tmp_path):
+    source = folders(tmp_path / "data")
+    made(tmp_path, source)
+    with pytest.raises(DataError, match="has a bundle already"):
+        made(tmp_path, source)
+    with pytest.raises(DataError, match=r"lies in .*data, where its files would be found as cases"):
+        new_bundle(discover(source), source / "bundle", progress=False)
+    assert not (source / "bundle").exists()
+    described = nnunet(tmp_path / "raw")
+    with pytest.raises(DataError, match="where its files would be found as cases"):
+        new_bundle(discover(described / "dataset.json"), described / "bundle", progress=False)
+
+
+def test_too_few_patients(tmp_path):
+    source = folders(tmp_path / "data")
+    for patient in PATIENTS[2:]:
+        (source / patient / f"{patient}_seg.nii.gz").unlink()
+    found = discover(source, need_label=False)
+    with pytest.raises(DataError, match="2 patients with a label, expected 3 at least"):
+        new_bundle(found, tmp_path / "bundle", progress=False)
+    with pytest.raises(DataError, match=r"4 patients with a label, expected 5 at least.*5 folds too"):
+        new_bundle(discover(folders(tmp_path / "more")), tmp_path / "bundle", Wishes(folds=5), progress=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_cases_without_a_label_are_left_out_and_folds_cover_all_others(tmp_path):
+    source = folders(tmp_path / "data")
+    (source / "p04" / "p04_seg.nii.gz").unlink()
+    bundle = new_bundle(discover(source, need_label=False), tmp_path / "bundle", Wishes(folds=3), progress=False)
+    assert bundle.unlabelled == ("p04",)
+    study = yaml.safe_load((bundle.folder / "study.yaml").read_text())
+    assert study["splits"] == ["split_fold0.json", "split_fold1.json", "split_fold2.json"]
+    tested = [json.loads((bundle.folder / name).read_text())["test"] for name in study["splits"]]
+    assert sorted(case for cases in tested for case in cases) == ["p01", "p02", "p03"]
+    assert "p04" not in (bundle.folder / "datalist.json").read_text()
+
+
+def test_the_parts_of_a_datalist_are_kept(tmp_path):
+    source = folders(tmp_path / "data")
+    parts = {"training": PATIENTS[:2], "validation": PATIENTS[2:3], "test": PATIENTS[3:]}
+    content = {
+        part: [
+            {"case": p, "t2": f"{p}/{p}_T2.nii.gz", "adc": f"{p}/{p}_ADC.nii.gz", "label": f"{p}/{p}_seg.nii.gz"}
+            for p in patients
+        ]
+        for part, patients in parts.items()
+    }
+    (source / "mine.json").write_text(json.dumps(content))
+    bundle = made(tmp_path, source / "mine.json")
+    content["test"][0]["labels"] = "brats2018"
+    (source / "mixed.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"different label conventions \(none, brats2018\)"):
+        new_bundle(discover(source / "mixed.json"), tmp_path / "no", progress=False)
+    split = json.loads((bundle.folder / "split.json").read_text())
+    assert (split["train"], split["validation"], split["test"]) == (["p01", "p02"], ["p03"], ["p04"])
+
+
+def test_the_command_prints_what_it_found_and_what_comes_next(tmp_path):
+    source = folders(tmp_path / "data")
+    out = tmp_path / "bundle"
+    text = command("new-bundle", out, "--data", source, "--region", "all=1,2", "--modality", "t2=*_T2*", "--modality",
+                   "adc=*ADC*", "--network", "small")  # fmt: skip
+    assert "4 cases of 4 patients" in text
+    assert re.search(r"modalities\s+t2, adc", text)
+    assert re.search(r"spacing \(mm\)\s+1 × 1 × 5 \(4 cases\)", text)
+    assert re.search(r"slices along head-feet \(coarse\)", text)
+    assert f"monai-cggm compare {out / 'study.yaml'}" in text.replace("\n", "")
+    for option, value, message in (
+        ("--modality", "flair", "--modality is 'flair': expected different names, such as flair="),
+        ("--region", "WT=a", "--region is 'a': expected whole numbers"),
+    ):
+        result = CliRunner().invoke(app, ["new-bundle", str(tmp_path / "no"), "--data", str(source), option, value])
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [folders, nnunet, msd, bids])
+def test_two_commands_from_a_folder_to_a_report(layout, tmp_path, monkeypatch):
+    """Whatever the layout: a bundle, two trainings, their scores from every subset, and the report."""
+    source = layout(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    command("new-bundle", "bundle", "--data", source, "--network", "small")
+    text = command("compare", "bundle/study.yaml", "--data", "bundle/datalist.json", "--out", "comparison", "--arms",
+                   "recipe", *(part for value in TINY for part in ("--set", value)), "--jobs", "1")  # fmt: skip
+    assert "Report: comparison/report.html" in text
+    modalities = train_config(tmp_path / "bundle")["modalities"]
+    regions = list(train_config(tmp_path / "bundle")["regions"])
+    tested = json.loads((tmp_path / "bundle/split.json").read_text())["test"]
+    for arm in ("joint", "dropout", "recipe"):
+        scores = pd.read_csv(tmp_path / f"comparison/cells/{arm}/split-seed0/scores.csv")
+        fused = scores[scores["predictor"] == "fusion"]
+        assert set(fused["case"]) == set(tested)
+        assert set(fused["subset"]) == {"+".join(modalities), *modalities}
+        assert {f"dice_{region}" for region in regions} <= set(scores.columns)
+        assert fused["dice_mean"].between(0, 1).all()
+    assert "recipe" in (tmp_path / "comparison/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_trained_bundle_segments_in_the_values_and_grid_of_the_data(tmp_path, monkeypatch):
+    """The box is easy to see: some epochs find it, and what is written lies where it is."""
+    import subprocess
+    import sys
+
+    from tests.bundles.running import environment
+
+    source = folders(tmp_path / "data", affine=np.diag([1.0, -1.0, 5.0, 1.0]))
+    bundle = made(tmp_path, source, regions={"box": [1, 2]})
+    run = [sys.executable, "-m", "monai.bundle", "run", "--logging_file", "False", "--run_dir", "runs/a"]
+    small = ["--encoder#width", "8", "--epochs", "30", "--val_interval", "30", "--image_interval", "30"]
+    train = [*run, "--config_file", "configs/train.yaml", *small]
+    subprocess.run(train, cwd=bundle.folder, env=environment(), check=True, capture_output=True)
+    segment = [sys.executable, "-m", "monai.bundle", "run", "--logging_file", "False"]
+    segment += ["--config_file", "configs/inference.yaml", "--encoder#width", "8", "--dataset_dir", "datalist.json"]
+    segment += ["--model_file", "runs/a/model.pt", "--output_dir", "out"]
+    subprocess.run(segment, cwd=bundle.folder, env=environment(), check=True, capture_output=True)
+    found = 0
+    for patient in PATIENTS:
+        (file,) = (bundle.folder / "out").rglob(f"{patient}_seg.nii.gz")
+        written, truth = nib.load(file), nib.load(source / patient / f"{patient}_seg.nii.gz")
+        np.testing.assert_allclose(written.affine, truth.affine)
+        seen, there = np.asarray(written.dataobj) > 0, np.asarray(truth.dataobj) > 0
+        found += 2 * (seen & there).sum() / (seen.sum() + there.sum())
+    assert found / len(PATIENTS) > 0.7
+
+
+@pytest.mark.slow
+def test_multiple_sclerosis_as_it_lies(real_data, tmp_path, monkeypatch):
+    """Real files with long names, three patients, a binary label: two commands."""
+    source = real_data / "ms_lesions"
+    if not source.is_dir():
+        pytest.skip("needs ms_lesions in MONAI_CGGM_TEST_DATA")
+    monkeypatch.chdir(tmp_path)
+    command("new-bundle", "bundle", "--data", source, "--network", "small", "--spatial-dims", 2, "--region", "lesion=1")
+    config = train_config(tmp_path / "bundle")
+    assert (config["labels"], config["num_classes"], config["regions"]) == ("0=0,1=1", 2, {"lesion": [1]})
+    command("compare", "bundle/study.yaml", "--data", "bundle/datalist.json", "--out", "comparison", "--arms", "joint",
+            *(part for value in TINY for part in ("--set", value)))  # fmt: skip
+    scores = pd.read_csv(tmp_path / "comparison/cells/joint/split-seed0/scores.csv")
+    assert len(scores[scores["predictor"] == "fusion"]) == 15
+    assert scores["dice_lesion"].between(0, 1).all()
+
+
+def cubes(root: Path) -> Path:
+    """Voxels that are cubes: patches."""
+    return folders(root, affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+def test_patches_where_voxels_are_cubes(tmp_path):
+    bundle = made(tmp_path, cubes(tmp_path / "data"))
+    train, inference = (
+        ConfigParser.load_config_files(str(bundle.folder / f"configs/{name}.yaml")) for name in ("train", "inference")
+    )
+    for config in (train, inference):
+        assert config["encoder"]["spatial_dims"] == 3
+        assert config["patch_size"] == [32, 48, 16]
+        assert str(config["memory_format"]) == "$torch.contiguous_format"
+    assert train["patches_per_volume"] == 2
+    assert train["validate"]["inferer"]["_target_"] == inference["inferer"]["_target_"]
+    assert inference["inferer"]["_target_"] == "monai_cggm.inferers.PatchInferer"
+    paper = new_bundle(discover(tmp_path / "data"), tmp_path / "paper", progress=False)
+    config = ConfigParser.load_config_files(str(paper.folder / "configs/train.yaml"))
+    assert (config["encoder"]["backbone"], config["encoder"]["width"]) == ("resnet18", 32)
+    metadata = json.loads((paper.folder / "configs/metadata.json").read_text())
+    assert metadata["network_data_format"]["inputs"]["image"]["spatial_shape"] == ["*", "*", "*"]
+
+
+@pytest.mark.slow
+def test_two_commands_with_patches(tmp_path, monkeypatch):
+    source = cubes(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    command("new-bundle", "bundle", "--data", source, "--network", "small")
+    settings = [*(value for value in TINY if "slices" not in value), "patches_per_volume=1"]
+    command("compare", "bundle/study.yaml", "--data", "bundle/datalist.json", "--out", "comparison", "--arms", "cggm",
+            *(part for value in settings for part in ("--set", value)), "--jobs", "1")  # fmt: skip
+    for arm in ("joint", "cggm"):
+        scores = pd.read_csv(tmp_path / f"comparison/cells/{arm}/split-seed0/scores.csv")
+        assert scores["dice_mean"].between(0, 1).all()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``monai-cggm to-nnunet``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from monai_cggm.cli import app
+from tests.new_bundle.folders import PATIENTS, folders
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["to-nnunet", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_a_data_set_with_the_split_of_a_bundle(tmp_path: Path) -> None:
+    source = folders(tmp_path / "data")
+    split = tmp_path / "split.json"
+    parts = {"train": PATIENTS[:2], "validation": PATIENTS[2:3], "test": PATIENTS[3:]}
+    split.write_text(json.dumps({"seed": 0, **{part: list(ids) for part, ids in parts.items()}}))
+    code, text = invoke(tmp_path / "raw", "--data", source, "--id", 501, "--name", "Zones", "--split", split)
+    assert code == 0, text
+    folder = tmp_path / "raw" / "Dataset501_Zones"
+    assert "Channels: 0000 adc, 0001 t2" in text
+    assert "class 2 was 2" in text
+    assert len(list((folder / "imagesTr").iterdir())) == 2 * 3
+    assert len(list((folder / "imagesTs").iterdir())) == 2
+    assert json.loads((folder / "splits_final.json").read_text()) == [{"train": ["p01", "p02"], "val": ["p03"]}]
+    assert "The fold: after nnUNetv2_plan_and_preprocess" in text
+
+
+def test_what_nnunet_cannot_take_is_refused(tmp_path: Path) -> None:
+    source = folders(tmp_path / "data")
+    (source / "p02" / "p02_T2.nii.gz").unlink()
+    code, text = invoke(tmp_path / "raw", "--data", source, "--id", 501, "--name", "Zones")
+    assert code == 1
+    assert "p02" in text
+    assert not (tmp_path / "raw").exists()
