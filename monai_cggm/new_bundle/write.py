@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from monai_cggm.data.labels import convention_for
 from monai_cggm.data.splits import PARTS, Split, fold_splits, split_cases, write_split
 from monai_cggm.discovery import Found, Survey, survey_cases, write_datalist
 from monai_cggm.discovery.convert import refuse_folder
-from monai_cggm.errors import DataError
+from monai_cggm.errors import CaseError, DataError
 from monai_cggm.files import atomic_path
 from monai_cggm.new_bundle.card import model_card
 from monai_cggm.new_bundle.plan import BundlePlan, Wishes, plan_bundle
@@ -209,15 +210,24 @@ def _overlay(name: str) -> str:
 
 
 def _refuse_mixed_labels(found: Found) -> None:
-    conventions = dict.fromkeys(case.convention for case in found.cases)
+    """Refuse cases in which one value means different things, as a datalist tells or the IDs of BraTS releases."""
+    conventions = {case.convention or _told_by_id(case.case_id): case.case_id for case in found.cases}
     if len(conventions) > 1:
-        shown = ", ".join(name or "none" for name in conventions)
+        shown = ", ".join(f"{case_id} {name or 'none'}" for name, case_id in conventions.items())
         raise DataError(
             [
                 f"{found.source}: the cases have different label conventions ({shown}), so that one value means "
-                "different things: write the labels anew in one convention, or make a bundle of each"
+                "different things: write the labels anew in one convention, or make a bundle of each; for BraTS, "
+                "bundles/brats_cggm reads all of them"
             ]
         )
+
+
+def _told_by_id(case_id: str) -> str | None:
+    try:
+        return convention_for(case_id)
+    except CaseError:
+        return None
 
 
 def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:

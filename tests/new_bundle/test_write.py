@@ -139,7 +139,7 @@ def test_the_parts_of_a_datalist_are_kept(tmp_path):
     bundle = made(tmp_path, source / "mine.json")
     content["test"][0]["labels"] = "brats2018"
     (source / "mixed.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"different label conventions \(none, brats2018\)"):
+    with pytest.raises(DataError, match=r"different label conventions \(p03 none, p04 brats2018\)"):
         new_bundle(discover(source / "mixed.json"), tmp_path / "no", progress=False)
     split = json.loads((bundle.folder / "split.json").read_text())
     assert (split["train"], split["validation"], split["test"]) == (["p01", "p02"], ["p03"], ["p04"])
