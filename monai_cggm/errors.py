@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+#: the last error in the text of the one that PyTorch raises for a worker of a data loader
+_WORKERS = re.compile(
+    r"DataLoader worker.*^monai_cggm\.errors\.(?:CaseError|DataError): (.*)\Z", re.DOTALL | re.MULTILINE
+)
 
 
 class CaseError(ValueError):
@@ -49,6 +55,9 @@ class DataError(ValueError):
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
+        # PyTorch makes a worker's error anew from its text, and takes another one where that is refused
+        if isinstance(problems, str):
+            raise TypeError(f"problems must be a list of them, got one text: {problems!r}")
         self.problems = list(problems)
         if len(self.problems) == 1:
             super().__init__(self.problems[0])
@@ -62,7 +71,8 @@ class DataError(ValueError):
 def users_error(error: BaseException | None) -> CaseError | DataError | FileExistsError | None:
     """Return the error about data or about an existing run folder that caused ``error``, or None.
 
-    MONAI wraps what a part of a configuration raises in errors of its own; this looks through them.
+    MONAI wraps what a part of a configuration raises in errors of its own, and PyTorch what a worker of a data loader
+    raises, as a text; this looks through them.
 
     Example:
         >>> try:
@@ -77,6 +87,9 @@ def users_error(error: BaseException | None) -> CaseError | DataError | FileExis
     while error is not None:
         if isinstance(error, (CaseError, DataError, FileExistsError)):
             return error
+        told = _WORKERS.search(str(error)) if isinstance(error, RuntimeError) else None
+        if told is not None:
+            return DataError([told[1].strip()])
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 

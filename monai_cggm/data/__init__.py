@@ -26,11 +26,12 @@ from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.data.slices import EpochSampler, SliceDataset
 from monai_cggm.data.splits import check_plan, fold_splits, part_of, split_cases, write_split
-from monai_cggm.data.volumes import cached_volumes
+from monai_cggm.data.volumes import CaseDataset, cached_volumes
 
 __all__ = [
     "CONVENTIONS",
     "Case",
+    "CaseDataset",
     "CaseReport",
     "Description",
     "EpochSampler",

@@ -21,6 +21,7 @@ import ignite.distributed as idist
 import monai
 import numpy as np
 import torch
+from monai.data import Dataset as MonaiDataset
 from monai.data import MetaTensor, get_track_meta
 from monai.transforms import Compose, Transform
 from monai.transforms.traits import RandomizableTrait
@@ -66,7 +67,35 @@ class CachedVolumes(Dataset):
 
     def __getitem__(self, index: int) -> dict[Hashable, Any]:
         item = self.items[index]
-        return _read_volume(item) if isinstance(item, Path) else dict(item)
+        if not isinstance(item, Path):
+            return dict(item)
+        try:
+            return _read_volume(item)
+        except Exception as error:
+            problem = f"the prepared volume {item} cannot be read ({error}): the next run makes it anew"
+            raise DataError([problem]) from error
+
+
+class CaseDataset(MonaiDataset):
+    """MONAI's ``Dataset`` of cases, whose errors name the case and its file.
+
+    Args:
+        data: datalist items (see :func:`monai_cggm.data.load_cases`).
+        transform: MONAI transforms.
+
+    Raises:
+        CaseError: where an item is asked for that cannot be prepared.
+
+    Example:
+        >>> CaseDataset([{"case": "p01", "image": 1}], monai.transforms.Identityd("image"))[0]["image"]
+        1
+    """
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            raise _case_error(self.data[index], error) from error
 
 
 def cached_volumes(

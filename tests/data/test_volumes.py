@@ -33,7 +33,7 @@ from monai.transforms import (
 
 from monai_cggm.data.checks import load_cases
 from monai_cggm.data.phantom import write_phantoms
-from monai_cggm.data.volumes import _describe, cached_volumes
+from monai_cggm.data.volumes import CaseDataset, _describe, cached_volumes
 from monai_cggm.errors import CaseError, DataError
 from monai_cggm.transforms import LabelsToClassesd, TumourSlicesd, ValidateCased
 
@@ -430,3 +430,22 @@ def test_real_cases_keep_every_tumour_voxel(real_data: Path, case_id: str):
         brain = channel[channel != 0]
         assert brain.mean() == pytest.approx(0, abs=2e-3)
         assert brain.std() == pytest.approx(1, abs=2e-3)
+
+
+def test_a_prepared_volume_that_goes_bad_is_named(cases: list[dict[str, Any]], tmp_path: Path) -> None:
+    volumes = cached_volumes(cases, _chain(), cache_dir=tmp_path / "cache", progress=False)
+    file = volumes.items[1]
+    assert isinstance(file, Path)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert volumes[0]["case"] == cases[0]["case"]
+    with pytest.raises(DataError, match=rf"the prepared volume {file} cannot be read .*the next run makes it anew"):
+        volumes[1]
+
+
+def test_a_case_that_cannot_be_prepared_is_named(cases: list[dict[str, Any]]) -> None:
+    dataset = CaseDataset(cases, _chain())
+    assert dataset[0]["case"] == cases[0]["case"]
+    file = Path(cases[2]["t1"])
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CaseError, match=rf"case {cases[2]['case']}: t1 .*cannot be read to its end"):
+        dataset[2]
