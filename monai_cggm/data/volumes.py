@@ -91,9 +91,9 @@ class CaseDataset(MonaiDataset):
         1
     """
 
-    def __getitem__(self, index: int) -> Any:
+    def _transform(self, index: int) -> Any:
         try:
-            return super().__getitem__(index)
+            return super()._transform(index)
         except Exception as error:
             raise _case_error(self.data[index], error) from error
 
