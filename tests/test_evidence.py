@@ -19,9 +19,13 @@ PAIRS = (
 )  # fmt: skip
 
 
-def section() -> str:
+#: folder of a cross-validation -> its section of the page
+SECTIONS = {"brats_2mm": "BraTS at 2 mm", "phantom": "phantoms with strong imbalance"}
+
+
+def section(study: str) -> str:
     page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    return page.split("\n## Cross-validation: BraTS at 2 mm\n")[1].split("\n## ")[0]
+    return page.split(f"\n## Cross-validation: {SECTIONS[study]}\n")[1].split("\n## ")[0]
 
 
 def rows_of(text: str, header: str) -> list[list[str]]:
@@ -30,22 +34,24 @@ def rows_of(text: str, header: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
-def table(name: str) -> pd.DataFrame:
-    return pd.read_csv(ROOT / "docs/evidence/brats_2mm/tables" / f"{name}.csv")
+def table(study: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "docs/evidence" / study / "tables" / f"{name}.csv")
 
 
-def test_scores_are_those_of_the_tables() -> None:
-    found = rows_of(section(), "| arm | full set |")
-    subsets = table("subsets").set_index("arm")
+@pytest.mark.parametrize("study", SECTIONS)
+def test_scores_are_those_of_the_tables(study: str) -> None:
+    found = rows_of(section(study), "| arm | full set |")
+    subsets = table(study, "subsets").set_index("arm")
     columns = ["flair+t1ce+t1+t2", "subsets", "missing_1", "missing_3", "with_key", "without_key"]
     assert len(found) == len(ARMS)
     for row, arm in zip(found, ARMS, strict=True):
         assert row[1:] == [f"{value:.3f}" for value in subsets.loc[arm, columns]], arm
 
 
-def test_differences_are_those_of_the_tables() -> None:
-    found = rows_of(section(), "| difference | all subsets |")
-    differences = table("differences").set_index(["arm", "against", "score"])
+@pytest.mark.parametrize("study", SECTIONS)
+def test_differences_are_those_of_the_tables(study: str) -> None:
+    found = rows_of(section(study), "| difference | all subsets |")
+    differences = table(study, "differences").set_index(["arm", "against", "score"])
     assert len(found) == len(PAIRS)
     for row, pair in zip(found, PAIRS, strict=True):
         for cell, score in zip(row[1:], ("subsets", "full"), strict=True):
@@ -59,7 +65,7 @@ def test_differences_are_those_of_the_tables() -> None:
 def test_the_readme_shows_the_same() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = rows_of(readme, "| training | all subsets |")
-    subsets = table("subsets").set_index("arm")
+    subsets = table("brats_2mm", "subsets").set_index("arm")
     for row, arm in zip(found, ("joint", "dropout", "recipe", "balance", "cggm_clipped"), strict=True):
         expected = subsets.loc[arm, ["subsets", "without_key", "flair+t1ce+t1+t2"]]
         assert row[1:] == [f"{value:.3f}" for value in expected], arm
