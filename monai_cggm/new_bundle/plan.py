@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 
+from monai_cggm.data.labels import LARGEST_VALUE
 from monai_cggm.discovery import CaseSurvey, Found, Survey
 from monai_cggm.discovery.names import slug_of
 from monai_cggm.discovery.sources import read_volumes
@@ -209,6 +210,11 @@ def _classes(found: Found, survey: Survey) -> dict[int, str]:
     values = sorted({0, *survey.label_values, *(found.label_names or {})})
     if len(values) < 2:
         raise DataError([f"the labels of {found.source} hold 0 only: is the right file the label?"])
+    if 0 not in survey.label_values:
+        shown = ", ".join(map(str, survey.label_values))
+        raise DataError([f"no label of {found.source} has the value 0, the background: found {shown}"])
+    if values[-1] > LARGEST_VALUE:
+        raise DataError([f"{found.source}: label value {values[-1]}, expected values up to {LARGEST_VALUE}"])
     names = {0: "background"}
     for value in values[1:]:
         text = (found.label_names or {}).get(value, "")

@@ -121,6 +121,10 @@ def test_wishes_that_do_not_fit_are_all_named(tmp_path):
     ]
     with pytest.raises(DataError, match="hold 0 only"):
         plan(tmp_path, labels={0: 9})
+    with pytest.raises(DataError, match=r"no label of .* has the value 0, the background: found 1, 2"):
+        plan(tmp_path, labels={1: 9, 2: 9})
+    with pytest.raises(DataError, match="label value 70000, expected values up to 32767"):
+        plan(tmp_path, labels={0: 9, 70000: 9})
     for title in ("$print(1)", "@network", "two\nlines", ""):
         with pytest.raises(ValueError, match="title must be one line"):
             plan(tmp_path, wishes=Wishes(title=title))
