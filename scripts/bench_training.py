@@ -90,7 +90,7 @@ SIZES = {
             "encoder": {"backbone": "resnet18", "width": 8, "aspp_channels": 8, "norm": "batch"},
             "decoder_channels": 8,
             "low_reduced": 4,
-            "slice_size": [32, 32],
+            "slice_size": [64, 64],
             "slices_per_volume": 2,
         },
     ),

@@ -30,6 +30,7 @@ TINY = {
 NETWORK = ("width", "heads", "layers", "fusion_layers")
 #: what is about images, for evaluation only, or needs other runs
 NOT_HERE = {"segresnet", "ensemble", "released", "paper_slices", "cell", "subsets", "umt", "g_blending"}
+NOT_HERE |= {"regions", "patches_3d", "patches_3d_inference"}
 OVERLAYS = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.rglob("*.yaml")

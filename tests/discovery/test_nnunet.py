@@ -347,7 +347,11 @@ def test_places_where_nothing_is_written(tmp_path: Path) -> None:
     made = write(found, raw, dataset_id=7)
     assert made.folder.name == "Dataset007_Demo"
     own = discover(made.folder / "dataset.json")
-    assert "holds volumes of" in problem(own, raw, dataset_id=7)
+    assert "where its files would be found as cases" in problem(own, raw, dataset_id=7)
+    files = {"flair": "imagesTr/a_0000.nii.gz", "t1": "imagesTr/a_0001.nii.gz", "label": "labelsTr/a.nii.gz"}
+    listed = {"case": "a", **{key: str(made.folder / file) for key, file in files.items()}}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [listed]}))
+    assert "holds volumes of" in problem(discover(tmp_path / "list.json"), raw, dataset_id=7)
     # A case that went away, and a split that is no longer one.
     (made.folder / "splits_final.json").write_text("[]")
     message = problem(found.without(["b"]), raw, dataset_id=7)
