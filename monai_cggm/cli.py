@@ -5,6 +5,7 @@ from __future__ import annotations
 
 # The commands import what they need when they run: PyTorch and MONAI take seconds, `--help` should not.
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 MODALITIES = "flair,t1ce,t1,t2"
 TABLE_WIDTH = 100
+WORKERS = min(4, os.cpu_count() or 1)
 
 app = typer.Typer(
     add_completion=False,
@@ -51,6 +53,17 @@ Labels = Annotated[
     ),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="List bad cases and go on without them.")]
+Workers = Annotated[int, typer.Option(min=1, help="Cases read at a time.")]
+# of commands that recognise layouts
+Data = Annotated[Path, typer.Option(help="Folder of cases, in any layout that is known, or a datalist .json.")]
+ModalityFiles = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATTERN", help="Files of a modality, such as flair=*_FLAIR*.nii.gz; once for each."),
+]
+LabelFiles = Annotated[str | None, typer.Option(metavar="PATTERN", help="Files of the labels, such as *_mask*.")]
+FoundModalities = Annotated[
+    str | None, typer.Option(help="Only these of what is found, in this order; or the names of a file's channels.")
+]
 
 
 def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -100,7 +113,7 @@ def check(
     skip_bad: SkipBad = False,
     no_labels: Annotated[bool, typer.Option("--no-labels", help="Cases need no segmentation.")] = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="One sequence of a case is enough.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Cases read at a time.")] = min(4, os.cpu_count() or 1),
+    workers: Workers = WORKERS,
 ) -> None:
     """Read every case, print a table, and end with exit code 1 where a case is bad.
 
@@ -263,7 +276,7 @@ def align(
     ] = "",
     workers: Annotated[
         int, typer.Option(min=0, help="Processes, a case each at a time; 0: none beside this one.")
-    ] = min(4, os.cpu_count() or 1),
+    ] = WORKERS,
 ) -> None:
     """Put the sequences of each case on one grid, with --register after finding out how the patient moved.
 
@@ -334,15 +347,10 @@ def _shares(text: str, expected: str = "sequence=share pairs, such as t1=0.5") -
 @_reports_errors
 def new_bundle(
     out: Annotated[Path, typer.Argument(help="Folder to make, outside the data.")],
-    data: Annotated[Path, typer.Option(help="Folder of cases, in any layout that is known, or a datalist .json.")],
-    modality: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATTERN", help="Files of a modality, such as flair=*_FLAIR*.nii.gz; once for each."),
-    ] = None,
-    label: Annotated[str | None, typer.Option(metavar="PATTERN", help="Files of the labels, such as *_mask*.")] = None,
-    modalities: Annotated[
-        str | None, typer.Option(help="Only these of what is found, in this order; or the names of a file's channels.")
-    ] = None,
+    data: Data,
+    modality: ModalityFiles = None,
+    label: LabelFiles = None,
+    modalities: FoundModalities = None,
     region: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUES", help="A region to score, such as WT=1,2,4; default: each label."),
@@ -360,7 +368,7 @@ def new_bundle(
     ] = False,
     title: Annotated[str | None, typer.Option(help="The bundle's name in words.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Cases read at a time.")] = min(4, os.cpu_count() or 1),
+    workers: Workers = WORKERS,
 ) -> None:
     """Look at a folder of cases, say what it is, and write a bundle that trains on it.
 
@@ -381,7 +389,7 @@ def new_bundle(
 
     found = discover(
         data,
-        patterns=_pairs(modality or [], "--modality", "flair=*_FLAIR*.nii.gz"),
+        patterns=_patterns(modality),
         label_pattern=label,
         modalities=_names(modalities) if modalities else None,
         allow_missing=allow_missing,
@@ -391,10 +399,7 @@ def new_bundle(
     wishes = Wishes(
         title=title,
         spatial_dims=spatial_dims,
-        regions={
-            name: _numbers(values, int, "--region", "whole numbers")
-            for name, values in _pairs(region or [], "--region", "WT=1,2,4").items()
-        },
+        regions=_regions(region),
         network=network or ("paper" if torch.cuda.is_available() else "small"),
         allow_missing=allow_missing,
         folds=folds,
@@ -407,34 +412,30 @@ def new_bundle(
     if made.unlabelled:
         typer.echo(f"Left out: {len(made.unlabelled)} cases without a label.")
     counts = ", ".join(f"{part} {count}" for part, count in made.parts.items())
-    typer.echo(f"{out}: {counts}{f' (the first of {folds} folds)' if folds else ''}. To train, and to compare:")
-    typer.echo(f"  cd {out} && python -m monai.bundle run --config_file configs/train.yaml")
-    typer.echo(f"  monai-cggm compare {out / 'study.yaml'} --data {out / 'datalist.json'} --out comparison")
+    typer.echo(f"{out}: {counts}{f' (the first of {folds} folds)' if folds else ''}. To compare, and to train:")
+    study, datalist = (shlex.quote(str(out / name)) for name in ("study.yaml", "datalist.json"))
+    typer.echo(f"  monai-cggm compare {study} --data {datalist} --out comparison")
+    typer.echo(f"  cd {shlex.quote(str(out))} && python -m monai.bundle run --config_file configs/train.yaml")
 
 
 @app.command("to-nnunet")
 @_reports_errors
 def to_nnunet(
     out: Annotated[Path, typer.Argument(help="Folder of nnU-Net's raw data sets ($nnUNet_raw), outside the data.")],
-    data: Annotated[Path, typer.Option(help="Folder of cases, in any layout that is known, or a datalist .json.")],
+    data: Data,
     dataset_id: Annotated[int, typer.Option("--id", min=1, max=999, help="Number of the data set.")],
     name: Annotated[str, typer.Option(help="Its name: letters, digits, _ and -.")],
     split: Annotated[
         Path | None, typer.Option(help="A split of a run, a bundle or monai-cggm split; default: the data set's own.")
     ] = None,
-    modality: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATTERN", help="Files of a modality, such as flair=*_FLAIR*.nii.gz; once for each."),
-    ] = None,
-    label: Annotated[str | None, typer.Option(metavar="PATTERN", help="Files of the labels, such as *_mask*.")] = None,
-    modalities: Annotated[
-        str | None, typer.Option(help="Only these of what is found, in this order; or the names of a file's channels.")
-    ] = None,
+    modality: ModalityFiles = None,
+    label: LabelFiles = None,
+    modalities: FoundModalities = None,
     region: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUES", help="Train on regions, such as WT=1,2,4; default: on the labels."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Cases read at a time.")] = min(4, os.cpu_count() or 1),
+    workers: Workers = WORKERS,
 ) -> None:
     """Write a data set as raw data of nnU-Net 2, to train it on the same cases and the same split.
 
@@ -451,7 +452,7 @@ def to_nnunet(
 
     found = discover(
         data,
-        patterns=_pairs(modality or [], "--modality", "flair=*_FLAIR*.nii.gz"),
+        patterns=_patterns(modality),
         label_pattern=label,
         modalities=_names(modalities) if modalities else None,
         need_label=split is None,  # a split lists the labelled cases
@@ -459,11 +460,9 @@ def to_nnunet(
     )
     for note in found.notes:
         typer.echo(note)
-    regions = {
-        key: _numbers(values, int, "--region", "whole numbers")
-        for key, values in _pairs(region or [], "--region", "WT=1,2,4").items()
-    }
-    made = write_nnunet(found, out, dataset_id=dataset_id, name=name, split=split, regions=regions, workers=workers)
+    made = write_nnunet(
+        found, out, dataset_id=dataset_id, name=name, split=split, regions=_regions(region), workers=workers
+    )
     typer.echo("Channels: " + ", ".join(f"{n:04d} {key}" for n, key in enumerate(found.modalities)))
     for number, values in made.original_values.items():
         typer.echo(f"class {number} was {', '.join(map(str, values))}")
@@ -477,6 +476,15 @@ def to_nnunet(
             f"The fold: after nnUNetv2_plan_and_preprocess, copy {made.splits} to "
             f"$nnUNet_preprocessed/{made.folder.name}, and train with fold 0."
         )
+
+
+def _patterns(texts: list[str] | None) -> dict[str, str]:
+    return _pairs(texts or [], "--modality", "flair=*_FLAIR*.nii.gz")
+
+
+def _regions(texts: list[str] | None) -> dict[str, list[int]]:
+    pairs = _pairs(texts or [], "--region", "WT=1,2,4")
+    return {name: _numbers(values, int, "--region", "whole numbers") for name, values in pairs.items()}
 
 
 def _pairs(texts: Sequence[str], option: str, example: str) -> dict[str, str]:

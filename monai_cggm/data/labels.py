@@ -259,7 +259,7 @@ def to_classes(array: Volume, convention: str, case: str, path: str | Path | Non
     problem = unknown_label_problem(array, convention)
     if problem is not None:
         raise CaseError(case, problem, path)
-    return _mapped(array, label_convention(convention).to_class)
+    return mapped(array, label_convention(convention).to_class)
 
 
 def to_labels(array: Volume, convention: str, case: str = "prediction", path: str | Path | None = None) -> Volume:
@@ -286,7 +286,7 @@ def to_labels(array: Volume, convention: str, case: str = "prediction", path: st
     if strangers:
         found = ", ".join(f"{v:g}" for v in strangers)
         raise CaseError(case, f"values [{found}] are no classes (0 to {known.num_classes - 1})", path)
-    return _mapped(array, known.from_class)
+    return mapped(array, known.from_class)
 
 
 def _values_outside(array: Any, known: Mapping[int, int], most: int = 8) -> list[float]:
@@ -305,15 +305,15 @@ def _plain(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def _mapped(array: Any, table: Mapping[int, int]) -> Any:
-    """Map values that are all keys of the table; to int16 where uint8 is too small."""
+def mapped(array: Any, table: Mapping[int, int]) -> Any:
+    """Map an array or tensor of values that are all keys of the table: to uint8, or int16 where that is too small."""
     large = max(table.values()) > np.iinfo(np.uint8).max
     if isinstance(array, torch.Tensor):
-        mapped = torch.zeros_like(array, dtype=torch.int16 if large else torch.uint8)
+        tensor = torch.zeros_like(array, dtype=torch.int16 if large else torch.uint8)
         whole = array.to(torch.int16)  # PyTorch finds the uint8 44 equal to 300
         for old, new in table.items():
-            mapped.masked_fill_(whole == old, new)
-        return mapped
+            tensor.masked_fill_(whole == old, new)
+        return tensor
     result = np.zeros(array.shape, dtype=np.int16 if large else np.uint8)
     for old, new in table.items():
         result[array == old] = new

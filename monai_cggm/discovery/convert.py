@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from monai_cggm.data.labels import mapped
 from monai_cggm.data.layouts import LABEL, SECTIONS, is_safe_id
 from monai_cggm.discovery.dataset_json import DATASET
 from monai_cggm.discovery.found import Found, FoundCase, Source
@@ -235,18 +236,11 @@ def _label_voxels(array: np.ndarray, classes: Mapping[int, int] | None = None) -
         unknown = [int(value) for value in np.unique(array) if value not in classes]
         if unknown:
             raise ValueError(f"has values {unknown}, expected {', '.join(map(str, classes))}")
-        array = _numbered(array, classes)
+        array = mapped(array, classes)
     for dtype in (np.uint8, np.int16, np.int32):
         if np.iinfo(dtype).min <= array.min() and array.max() <= np.iinfo(dtype).max:
             return array.astype(dtype)
     raise ValueError(f"has values up to {array.max():g}, expected labels")
-
-
-def _numbered(array: np.ndarray, classes: Mapping[int, int]) -> np.ndarray:
-    numbers = np.zeros(array.shape, np.int32)
-    for value, number in classes.items():
-        numbers[array == value] = number
-    return numbers
 
 
 def _write(file: Path, voxels: np.ndarray, grid: Grid, units: str, mark: bytes) -> None:

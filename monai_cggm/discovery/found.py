@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from monai_cggm.data.labels import convention_for
 from monai_cggm.data.layouts import folders_below
+from monai_cggm.errors import CaseError
 
 Kind = Literal["nifti", "image", "dicom"]
 
@@ -56,6 +58,15 @@ class FoundCase:
     section: str = "training"
     place: str = ""
     convention: str | None = None
+
+    def told_convention(self) -> str | None:
+        """Its label convention, as a datalist tells it or the ID of a known release; None where nothing does."""
+        if self.convention is not None:
+            return self.convention
+        try:
+            return convention_for(self.case_id)
+        except CaseError:
+            return None
 
     def sources(self) -> dict[str, Source]:
         """All volumes by key, the label last."""

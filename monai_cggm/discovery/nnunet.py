@@ -3,7 +3,8 @@
 
 The format is that of nnU-Net 2 (Isensee et al., Nature Methods 2021), as its documentation describes it: ``imagesTr``,
 ``labelsTr``, ``imagesTs`` and ``dataset.json``. Labels are numbered 0, 1, 2, ... without gaps; nothing else of the
-voxels and their places changes.
+voxels and their places changes. MONAI's ``nnUNetV2Runner`` converts too; it needs nnU-Net installed and one file of all
+channels a case, gives cases other names, keeps label values, and takes no split.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monai_cggm.data.labels import LabelConvention, convention_for, label_convention
+from monai_cggm.data.labels import LabelConvention, label_convention
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.data.splits import PART_OF, PARTS, split_cases
 from monai_cggm.discovery.convert import Target, links_out, refuse_folder, write_volumes
@@ -23,7 +24,7 @@ from monai_cggm.discovery.dataset_json import DATASET
 from monai_cggm.discovery.found import Found, FoundCase
 from monai_cggm.discovery.names import some
 from monai_cggm.discovery.survey import Survey, survey_cases
-from monai_cggm.errors import CaseError, DataError
+from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 
 SPLITS = "splits_final.json"
@@ -251,12 +252,7 @@ def _told_tables(cases: Sequence[FoundCase], survey: Survey) -> Tables:
 
 def _refuse_mixture(cases: Sequence[FoundCase]) -> None:
     """Refuse cases whose IDs tell that the same value means different things in them."""
-    example: dict[str, str] = {}
-    for case in cases:
-        try:
-            example.setdefault(convention_for(case.case_id), case.case_id)
-        except CaseError:
-            continue
+    example = {name: case.case_id for case in cases if (name := case.told_convention()) is not None}
     if len(example) > 1:
         shown = ", ".join(f"{case_id} {name}" for name, case_id in example.items())
         raise DataError(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -54,6 +54,21 @@ def overlaid(text: str, overlay: str, *, known_only: bool = False) -> str:
         lines[start:end] = changed[key].splitlines()
     if not known_only:
         lines += [line for key, block in changed.items() if key not in places for line in block.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def without(text: str, keys: Collection[str]) -> str:
+    r"""Leave keys out of a configuration.
+
+    Example:
+        >>> print(without("a: 1\nb:\n  c: 2\n# of d\nd: 3\n", ["b"]), end="")
+        a: 1
+        # of d
+        d: 3
+    """
+    lines = text.splitlines()
+    for start, end in sorted((place for key, place in _places(lines).items() if key in keys), reverse=True):
+        del lines[start:end]
     return "\n".join(lines) + "\n"
 
 

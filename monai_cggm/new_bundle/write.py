@@ -12,21 +12,19 @@ from typing import Any
 
 import yaml
 
-from monai_cggm.data.labels import convention_for
-from monai_cggm.data.splits import PARTS, Split, fold_splits, split_cases, write_split
+from monai_cggm.data.layouts import SECTIONS
+from monai_cggm.data.splits import PART_OF, PARTS, Split, fold_splits, split_cases, write_split
 from monai_cggm.discovery import Found, Survey, survey_cases, write_datalist
 from monai_cggm.discovery.convert import refuse_folder
-from monai_cggm.errors import CaseError, DataError
+from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 from monai_cggm.new_bundle.card import model_card
 from monai_cggm.new_bundle.plan import BundlePlan, Wishes, plan_bundle
-from monai_cggm.new_bundle.texts import as_text, headed, overlaid
+from monai_cggm.new_bundle.texts import as_text, headed, overlaid, without
 from monai_cggm.resources import share_path
 
 TEMPLATE = "bundles/brats_cggm"
 STUDY, SPLIT = "study.yaml", "split.json"
-
-_PART_OF = {"training": "train", "validation": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,7 @@ def configurations(plan: BundlePlan, split: str, seed: int) -> dict[str, str]:
     if plan.spatial_dims == 3:
         train = overlaid(train, _overlay("configs/protocols/patches_3d.yaml") + _SOLID[plan.network])
         inference = overlaid(inference, _overlay("configs/protocols/patches_3d_inference.yaml") + _SOLID[plan.network])
+        train, inference = without(train, _OF_SLICES), without(inference, _OF_SLICES)
     values = _values(plan, split, seed)
     command = "python -m monai.bundle run --config_file"
     return {
@@ -158,6 +157,9 @@ def configurations(plan: BundlePlan, split: str, seed: int) -> dict[str, str]:
         "metadata.json": json.dumps(_metadata(plan), indent=2, ensure_ascii=False) + "\n",
     }
 
+
+#: What only slices have, and would be read by nothing.
+_OF_SLICES = ("slice_size", "slices_per_volume", "tumour_free_share", "slices_at_once")
 
 #: The paper's four ResNet-101 have 520 million parameters in three dimensions.
 _SOLID = {
@@ -211,7 +213,7 @@ def _overlay(name: str) -> str:
 
 def _refuse_mixed_labels(found: Found) -> None:
     """Refuse cases in which one value means different things, as a datalist tells or the IDs of BraTS releases."""
-    conventions = {case.convention or _told_by_id(case.case_id): case.case_id for case in found.cases}
+    conventions = {case.told_convention(): case.case_id for case in found.cases}
     if len(conventions) > 1:
         shown = ", ".join(f"{case_id} {name or 'none'}" for name, case_id in conventions.items())
         raise DataError(
@@ -221,13 +223,6 @@ def _refuse_mixed_labels(found: Found) -> None:
                 "bundles/brats_cggm reads all of them"
             ]
         )
-
-
-def _told_by_id(case_id: str) -> str | None:
-    try:
-        return convention_for(case_id)
-    except CaseError:
-        return None
 
 
 def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:
@@ -244,10 +239,10 @@ def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:
         )
     if wishes.folds:
         return fold_splits(items, folds=wishes.folds, seed=wishes.seed), wishes.seed
-    if {case.section for case in found.cases} == set(_PART_OF):
+    if {case.section for case in found.cases} == set(SECTIONS):
         split: Split = {part: [] for part in PARTS}
         for case, item in zip(found.cases, items, strict=True):
-            split[_PART_OF[case.section]].append(item)
+            split[PART_OF[case.section]].append(item)
         return [split], wishes.seed
     return [split_cases(items, seed=wishes.seed)], wishes.seed
 

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+import numpy as np
+import onnxruntime
+import torch
+from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export
 from monai.data import set_track_meta
 
 from monai_cggm.resources import share_path
@@ -59,6 +62,39 @@ def run(*names: str, kind: str = "train", **overrides: Any) -> ConfigWorkflow:
     finally:
         set_track_meta(True)
     return made
+
+
+def assert_exports_agree(
+    network: torch.nn.Module, folder: Path, *, sizes: Sequence[tuple[int, ...]], **files: Any
+) -> None:
+    """Export a bundle's 2-D network as TorchScript and as ONNX, and hold both to the network itself.
+
+    ``files`` are the arguments of MONAI's exports, and ``sizes`` those of the images, (B, M, H, W).
+    """
+    ckpt_export(filepath=str(folder / "model.ts"), **files)
+    axes = {0: "batch", 2: "height", 3: "width"}
+    onnx_export(
+        filepath=str(folder / "model.onnx"),
+        use_trace=True,
+        input_shape=[1, sizes[0][1], 64, 64],
+        converter_kwargs={
+            "dynamo": False,
+            "opset_version": 18,
+            "input_names": ["image"],
+            "output_names": ["logits"],
+            "dynamic_axes": {"image": axes, "logits": axes},
+        },
+        **files,
+    )
+    scripted = torch.jit.load(folder / "model.ts").eval()
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    for size in sizes:
+        image = torch.randn(size)
+        with torch.no_grad():
+            expected = network(image)
+            torch.testing.assert_close(scripted(image), expected, rtol=0, atol=1e-5)
+        (logits,) = session.run(None, {"image": image.numpy()})
+        np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-4)
 
 
 def command(*names: str, launcher: Sequence[str] = (), **overrides: Any) -> list[str]:

@@ -12,18 +12,27 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import onnxruntime
 import pandas as pd
 import pytest
 import SimpleITK
 import torch
 import yaml
-from monai.bundle import ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+from monai.bundle import verify_metadata, verify_net_in_out
 
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.errors import users_error
 from monai_cggm.networks import MultimodalSegmenter
-from tests.bundles.running import BUNDLE, CONFIGS, NETWORK, TINY, command, environment, run, workflow
+from tests.bundles.running import (
+    BUNDLE,
+    CONFIGS,
+    NETWORK,
+    TINY,
+    assert_exports_agree,
+    command,
+    environment,
+    run,
+    workflow,
+)
 
 #: what is merged over train.yaml for training: not plans of a comparison, nor what is for evaluation only
 OVERLAYS = sorted(
@@ -277,34 +286,11 @@ def test_the_bundle_exports(trained, tmp_path):
         "key_in_ckpt": "model",
         **{f"network_def#{key}": TINY[key] for key in NETWORK},
     }
-    ckpt_export(filepath=str(tmp_path / "model.ts"), **shared)
-    axes = {0: "batch", 2: "height", 3: "width"}
-    onnx_export(
-        filepath=str(tmp_path / "model.onnx"),
-        use_trace=True,
-        input_shape=[1, 4, 64, 64],
-        converter_kwargs={
-            "dynamo": False,
-            "opset_version": 18,
-            "input_names": ["image"],
-            "output_names": ["logits"],
-            "dynamic_axes": {"image": axes, "logits": axes},
-        },
-        **shared,
-    )
-    scripted = torch.jit.load(tmp_path / "model.ts").eval()
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     network = MultimodalSegmenter(
         ["flair", "t1ce", "t1", "t2"], 4, encoder=TINY["encoder"], decoder_channels=8, low_reduced=4
     ).eval()
     network.load_state_dict(torch.load(trained / "model.pt", weights_only=True)["model"])
-    for size in ((1, 4, 48, 64), (3, 4, 37, 50)):
-        image = torch.randn(size)
-        with torch.no_grad():
-            expected = network(image)
-            torch.testing.assert_close(scripted(image), expected, rtol=0, atol=1e-5)
-        (logits,) = session.run(None, {"image": image.numpy()})
-        np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-4)
+    assert_exports_agree(network, tmp_path, sizes=[(1, 4, 48, 64), (3, 4, 37, 50)], **shared)
 
 
 def test_the_ten_lines_of_python_run(repository):

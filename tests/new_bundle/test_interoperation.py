@@ -9,17 +9,13 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from monai.bundle import (
     ConfigParser,
     ConfigWorkflow,
-    ckpt_export,
     create_workflow,
     load,
-    onnx_export,
     verify_metadata,
     verify_net_in_out,
 )
@@ -28,6 +24,7 @@ from monai.transforms import Compose, LoadImaged
 from monai_cggm.discovery import discover
 from monai_cggm.networks import MultimodalSegmenter
 from monai_cggm.new_bundle import Wishes, new_bundle
+from tests.bundles.running import assert_exports_agree
 from tests.new_bundle.folders import PATIENTS, nnunet
 
 #: the network at a size that takes seconds, and how it is said to a bundle
@@ -116,32 +113,7 @@ def test_the_bundle_exports(bundle, tmp_path):
         "key_in_ckpt": "model",
         **{f"network_def#{key}": value for key, value in NETWORK.items()},
     }
-    ckpt_export(filepath=str(tmp_path / "model.ts"), **shared)
-    axes = {0: "batch", 2: "height", 3: "width"}
-    onnx_export(
-        filepath=str(tmp_path / "model.onnx"),
-        use_trace=True,
-        input_shape=[1, 2, 64, 64],
-        converter_kwargs={
-            "dynamo": False,
-            "opset_version": 18,
-            "input_names": ["image"],
-            "output_names": ["logits"],
-            "dynamic_axes": {"image": axes, "logits": axes},
-        },
-        **shared,
-    )
-    scripted = torch.jit.load(tmp_path / "model.ts").eval()
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    torch.manual_seed(0)
-    expected_network = network().eval()
-    for size in ((1, 2, 48, 64), (3, 2, 37, 50)):
-        image = torch.randn(size)
-        with torch.no_grad():
-            expected = expected_network(image)
-            torch.testing.assert_close(scripted(image), expected, rtol=0, atol=1e-5)
-        (logits,) = session.run(None, {"image": image.numpy()})
-        np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-4)
+    assert_exports_agree(network().eval(), tmp_path, sizes=[(1, 2, 48, 64), (3, 2, 37, 50)], **shared)
 
 
 def test_a_training_workflow_has_what_monai_asks_for(bundle, tmp_path):

@@ -250,6 +250,7 @@ def test_patches_where_voxels_are_cubes(tmp_path):
     for config in (train, inference):
         assert config["encoder"]["spatial_dims"] == 3
         assert config["patch_size"] == [32, 48, 16]
+        assert not {"slice_size", "slices_per_volume", "tumour_free_share", "slices_at_once"} & set(config)
         assert str(config["memory_format"]) == "$torch.contiguous_format"
     assert train["patches_per_volume"] == 2
     assert train["validate"]["inferer"]["_target_"] == inference["inferer"]["_target_"]
