@@ -4,12 +4,13 @@
 
     python scripts/bench_methods.py                          # on small phantoms, made first
     python scripts/bench_methods.py --arms joint,cggm,recipe --rounds 20 --json bench.json
+    python scripts/bench_methods.py --device cuda
 
 Arms are those of a study (methods_brats_2mm), with its network and batch, and two more: `observe`, joint training with
 classifiers that only watch, and `ume`. A step is what happens between two batches: forward and backward passes, the
-method, clipping, the optimizer, the log. Times are CPU time of this process with one thread; all arms take turns, an
-epoch each, so that whatever else the machine does meets them alike. The first turn does not count. Means, because
-ReconBoost's steps are of two kinds.
+method, clipping, the optimizer, the log. Times are CPU time of this process with one thread, and on a GPU wall-clock
+time once it has done its work; all arms take turns, an epoch each, so that whatever else the machine does meets them
+alike. The first turn does not count. Means, because ReconBoost's steps are of two kinds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from monai_cggm.compare.study import ALONE, Arm, Study, find_file, read_study
+from monai_cggm.analysis.cells import ALONE
+from monai_cggm.compare.study import Arm, Study, find_file, read_study
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.files import atomic_path
 
@@ -54,6 +56,7 @@ CASES, SIZES = 12, [8, 2, 2]
 def main(
     arms: Annotated[str | None, typer.Option(help="Only these, with commas; joint is always there.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Epochs that count, two steps each.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
 ) -> None:
     """Time what one training step costs by each method, relative to joint training of the same network."""
@@ -65,18 +68,22 @@ def main(
     unknown = [name for name in chosen if name not in ways]
     if unknown:
         raise typer.BadParameter(f"no arm {', '.join(unknown)}; there are {', '.join(ways)}")
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no GPU: use --device cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_phantoms(folder / "phantoms", cases=CASES, shape=(80, 80, 60), spacing=2.0)
-        result = bench([ways[name] for name in chosen], study, folder, rounds)
+        result = bench([ways[name] for name in chosen], study, folder, rounds, device)
     show(result)
     if json_file is not None:
         with atomic_path(json_file) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int) -> dict[str, Any]:
-    """Run all arms and return the numbers, times in milliseconds of CPU time."""
+def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int, device: str) -> dict[str, Any]:
+    """Run all arms and return the numbers, times in milliseconds."""
     # the bundles' own progress bars, one an epoch and arm, would hide this script's
     with (
         Path(os.devnull).open("w") as nothing,
@@ -84,15 +91,16 @@ def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int) -> dict[
         contextlib.redirect_stderr(nothing),
     ):
         building = progress.track(arms, description="building")
-        trainers = {arm.name: trainer_of(arm, study, folder, rounds) for arm in building}
-        times = take_turns(trainers, rounds, progress)
+        trainers = {arm.name: trainer_of(arm, study, folder, rounds, device) for arm in building}
+        times = take_turns(trainers, rounds, clock_of(device), progress)
     means = {name: float(np.mean(values)) for name, values in times.items()}
     return {
         "study": STUDY,
         "rounds": rounds,
         "steps": {name: len(values) for name, values in times.items()},
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(device),
+            "device": device,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -104,12 +112,13 @@ def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int) -> dict[
     }
 
 
-def trainer_of(arm: Arm, study: Study, folder: Path, rounds: int) -> SupervisedTrainer:
+def trainer_of(arm: Arm, study: Study, folder: Path, rounds: int, device: str) -> SupervisedTrainer:
     """Build an arm's trainer, as its bundle does."""
     run_dir = folder / arm.name
     values = {
         **study.settings,
         **arm.settings,
+        "device": f"$torch.device('{device}')",
         "dataset_dir": str(folder / "phantoms"),
         "run_dir": str(run_dir),
         "resume": True,  # every turn goes on from the one before
@@ -139,17 +148,36 @@ def write_teachers(made: ConfigWorkflow, modalities: Sequence[str], run_dir: Pat
         torch.save({"model": state, "epoch": 1}, teacher / "model.pt")
 
 
-def take_turns(trainers: dict[str, SupervisedTrainer], rounds: int, progress: Progress) -> dict[str, list[float]]:
-    """Milliseconds of CPU time of every step that counts, by arm."""
+def processor(device: str) -> str:
+    """Name what steps are timed on."""
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Return a clock in seconds: CPU time of this process, or wall-clock time once the GPU has done its work."""
+    if device == "cpu":
+        return time.process_time
+
+    def when_done() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return when_done
+
+
+def take_turns(
+    trainers: dict[str, SupervisedTrainer], rounds: int, clock: Callable[[], float], progress: Progress
+) -> dict[str, list[float]]:
+    """Milliseconds of every step that counts, by arm."""
     times: dict[str, list[float]] = {name: [] for name in trainers}
     started: dict[str, float] = {}
     for name, trainer in trainers.items():
         trainer.add_event_handler(
-            Events.GET_BATCH_COMPLETED, lambda _engine, name=name: started.update({name: time.process_time()})
+            Events.GET_BATCH_COMPLETED, lambda _engine, name=name: started.update({name: clock()})
         )
         trainer.add_event_handler(
             Events.ITERATION_COMPLETED,
-            lambda _engine, name=name: times[name].append((time.process_time() - started[name]) * 1e3),
+            lambda _engine, name=name: times[name].append((clock() - started[name]) * 1e3),
         )
     for turn in progress.track(range(1, rounds + 2), description="training"):
         for name, trainer in trainers.items():
@@ -162,7 +190,7 @@ def take_turns(trainers: dict[str, SupervisedTrainer], rounds: int, progress: Pr
 
 def show(result: dict[str, Any]) -> None:
     """Print the numbers as a table."""
-    table = Table(title=f"One training step, {result['study']}, CPU time with one thread")
+    table = Table(title=f"One training step, {result['study']}, {result['machine']['processor']}")
     for column, justify in (("arm", "left"), ("", "left"), ("ms", "right"), ("±", "right"), ("× joint", "right")):
         table.add_column(column, justify="left" if justify == "left" else "right")
     for name in sorted(result["ms_per_step"], key=result["ms_per_step"].get):

@@ -5,6 +5,7 @@
     python scripts/bench_step.py                                 # the small size and the paper's
     python scripts/bench_step.py --sizes small --rounds 20 --json step.json
     python scripts/bench_step.py --growth --plot growth.svg      # modalities, image size, 2-D and 3-D
+    python scripts/bench_step.py --device cuda --batch 64        # the paper's batch, which no CPU would thank us for
 
 Trainings: `joint`; `observe`, joint training with classifiers that watch; `cggm`, the paper's; `recipe`, the default of
 train.yaml, modality dropout and light auxiliary losses. The sizes are those of the bundle brats_cggm, alone and with
@@ -54,8 +55,6 @@ from monai_cggm.resources import share_path
 WAYS = ("joint", "observe", "cggm", "recipe")
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 CLASSES = 4
-#: slices of one step at the paper's size; it trains with 64, which no CPU would thank us for
-PAPER_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def main(
     ways: Annotated[str, typer.Option(help="Trainings, with commas; joint is always there.")] = ",".join(WAYS),
     rounds: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Slices of a step at the paper's size.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a CPU.")] = 1,
     growth: Annotated[bool, typer.Option(help="Time joint and cggm at several sizes instead.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the growth (.svg, .png).")] = None,
@@ -85,7 +85,7 @@ def main(
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
     chosen = ["joint", *(way for way in ways.split(",") if way != "joint")]
-    known = sizes_of_the_bundle()
+    known = sizes_of_the_bundle(batch)
     for given, there in ((chosen, WAYS), (sizes.split(","), tuple(known))):
         unknown = [name for name in given if name not in there]
         if unknown:
@@ -111,14 +111,14 @@ def main(
             temporary.write_text(json.dumps({"machine": machine, "sizes": results}, indent=2) + "\n", encoding="utf-8")
 
 
-def sizes_of_the_bundle() -> dict[str, Size]:
-    """The small size and the paper's, as the bundle brats_cggm has them."""
+def sizes_of_the_bundle(paper_batch: int) -> dict[str, Size]:
+    """The small size and the paper's, as the bundle brats_cggm has them, the latter with a batch of its own."""
     small, paper = ConfigParser(), ConfigParser()
     train = share_path("bundles/brats_cggm/configs/train.yaml")
     paper.read_config(train)
     small.read_config([train, share_path("configs/hardware/cpu.yaml")])
     batch = small.get("volumes_per_batch") * small.get("slices_per_volume")
-    return {"small": _size(small, batch, channels_last=True), "paper": _size(paper, PAPER_BATCH, channels_last=False)}
+    return {"small": _size(small, batch, channels_last=True), "paper": _size(paper, paper_batch, channels_last=False)}
 
 
 def _size(config: ConfigParser, batch: int, *, channels_last: bool) -> Size:

@@ -67,7 +67,8 @@ class RegionDice:
             ``(M, 3 * regions)``: intersection, predicted and true voxels of each region.
         """
         confusion = self._confusion(predictions, target)
-        member = self._membership.to(confusion.device)
+        # moved once: a copy in every step would have the host wait for the GPU
+        member = self._membership = self._membership.to(confusion.device)
         intersection = torch.einsum("mtp,rt,rp->mr", confusion, member, member)
         predicted = torch.einsum("mtp,rp->mr", confusion, member)
         true = torch.einsum("mtp,rt->mr", confusion, member)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export
 from monai.data import set_track_meta
@@ -35,6 +36,8 @@ TINY: dict[str, Any] = {
     "num_workers": 0,
     "split_sizes": [4, 1, 1],
 }
+#: for tests that compare two trainings to the last digit
+BIT_FOR_BIT = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU adds numbers up in no fixed order")
 #: what of it the network is made of
 NETWORK = ("encoder", "decoder_channels", "low_reduced")
 

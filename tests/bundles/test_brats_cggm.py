@@ -23,6 +23,7 @@ from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.errors import users_error
 from monai_cggm.networks import MultimodalSegmenter
 from tests.bundles.running import (
+    BIT_FOR_BIT,
     BUNDLE,
     CONFIGS,
     NETWORK,
@@ -161,6 +162,22 @@ def test_the_recipe_is_the_default_and_the_paper_one_word_away(hardware, cases, 
     assert joint.parser.get_parsed_content("clipping").max_norm == 1.0
 
 
+@pytest.mark.parametrize("overlays", [(), ("methods/joint.yaml",), ("methods/qmf.yaml",), ("parts/average.yaml",)])
+def test_all_networks_are_on_the_device_that_is_asked_for(overlays, cases, tmp_path):
+    """Where there is no GPU, a device without storage stands in for it."""
+    arguments = {"dataset_dir": str(cases), "run_dir": str(tmp_path), "device": "$torch.device('meta')", **TINY}
+    for more in ((), ("evaluate.yaml",), ("evaluate.yaml", "protocols/subsets.yaml")):
+        made = workflow("train.yaml", *overlays, *more, **{**arguments, "split_file": None})
+        parts = ["validate#evaluator"] if more else ["train#trainer", "validate#evaluator"]
+        for part in parts:
+            network = made.parser.get_parsed_content(part).network
+            assert {value.device.type for value in (*network.parameters(), *network.buffers())} == {"meta"}, (
+                more,
+                part,
+            )
+
+
+@BIT_FOR_BIT
 def test_observe_equals_joint_bit_for_bit(cases, tmp_path):
     weights = {}
     for name in ("joint", "observe"):

@@ -142,6 +142,20 @@ def test_the_network_carries_the_statistics_of_the_training_part_alone(trained, 
     assert not np.allclose(weights["encoders.audio.mean"], everything.mean(axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("overlays", [(), ("methods/joint.yaml",), ("methods/ume.yaml",), ("parts/average.yaml",)])
+def test_all_networks_are_on_the_device_that_is_asked_for(overlays, data, task, tmp_path):
+    """Where there is no GPU, a device without storage stands in for it."""
+    arguments = of(data, tmp_path, task) | {"device": "$torch.device('meta')", "split_file": None}
+    for more in ((), ("evaluate.yaml",), ("evaluate.yaml", "protocols/subsets.yaml")):
+        made = workflow("train.yaml", *overlays, *more, **arguments)
+        for part in ["validate#evaluator"] if more else ["train#trainer", "validate#evaluator"]:
+            network = made.parser.get_parsed_content(part).network
+            assert {value.device.type for value in (*network.parameters(), *network.buffers())} == {"meta"}, (
+                more,
+                part,
+            )
+
+
 def test_evaluation_scores_each_sample_and_inference_predicts_the_same(trained, data, task, tmp_path, capsys):
     run("train.yaml", "evaluate.yaml", **of(data, trained, task, part="test"))
     scores = pd.read_csv(trained / "test/cases.csv")

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.methods import CGGM
 from monai_cggm.networks import MultimodalSegmenter, UnimodalClassifiers
-from tests.bundles.running import CONFIGS, TINY, workflow
+from tests.bundles.running import BIT_FOR_BIT, CONFIGS, TINY, workflow
 from tests.methods import toy
 
 #: bounded, so that one step of so small a network is no accident of a ratio
@@ -78,9 +78,9 @@ def test_every_overlay_has_a_test():
 
 
 def test_channels_last_reaches_weights_and_features(training):
-    x = torch.randn(2, 1, 32, 32)
     for names, expected in (((), False), (("hardware/channels_last.yaml",), True)):
         network = part_of(training(*names), "network")
+        x = torch.randn(2, 1, 32, 32, device=network.head.weight.device)
         kernels = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         wide = [w for w in kernels if w.shape[1] > 1]
         assert wide
@@ -90,11 +90,12 @@ def test_channels_last_reaches_weights_and_features(training):
 
 
 @pytest.fixture
-def mixed_precision_on_cpu(monkeypatch):
-    """MONAI's trainer asks for CUDA's mixed precision; here it gets the CPU's."""
+def mixed_precision(monkeypatch):
+    """MONAI's trainer asks for CUDA's mixed precision; without a GPU it gets the CPU's."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda _device, **kwargs: autocast("cpu", **kwargs))
-    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=LOSS_SCALE))
+    monkeypatch.setattr(torch, "autocast", lambda _device, **kwargs: autocast(kind, **kwargs))
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler(kind, init_scale=LOSS_SCALE))
 
 
 def types_seen(made):
@@ -106,7 +107,7 @@ def types_seen(made):
 
 
 @pytest.mark.parametrize(("overlay", "dtype"), [("amp_bf16", torch.bfloat16), ("amp_fp16", torch.float16)])
-def test_mixed_precision_and_gradients_that_are_unscaled(overlay, dtype, training, mixed_precision_on_cpu):
+def test_mixed_precision_and_gradients_that_are_unscaled(overlay, dtype, training, mixed_precision):
     full = training()
     made = training(f"hardware/{overlay}.yaml")
     seen = types_seen(made)
@@ -170,6 +171,7 @@ def test_why_mixed_precision_keeps_the_plain_step():
         assert (None if momentum is None else momentum.shape) == expected
 
 
+@BIT_FOR_BIT
 def test_checkpointing_computes_encoders_again_and_changes_nothing(training):
     counts = {}
     pair = (training(), training("hardware/checkpointing.yaml"))

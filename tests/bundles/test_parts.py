@@ -14,7 +14,7 @@ from monai.data import set_track_meta
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.errors import users_error
 from monai_cggm.networks import LateFusion, MultimodalSegmenter, modality_subsets, subset_predictor
-from tests.bundles.running import NETWORK, TINY, run, workflow
+from tests.bundles.running import BIT_FOR_BIT, NETWORK, TINY, run, workflow
 from tests.handlers.test_resume import assert_equal
 
 MODALITIES = ("flair", "t1ce", "t1", "t2")
@@ -120,6 +120,7 @@ OVERLAYS = {
 }
 
 
+@BIT_FOR_BIT
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_each_overlay_does_what_it_says(overlay, plain, cases, tmp_path):
     names, acts = OVERLAYS[overlay]
@@ -196,9 +197,10 @@ def test_the_kept_model_is_the_mean_of_the_weights(cases, tmp_path):
         set_track_meta(True)
     saved = torch.load(tmp_path / "run/model.pt", weights_only=True)
     expected = averages[2 * saved["epoch"]]
-    for key, value in saved["model"].items():
+    kept = {key: value.to(expected[key].device) for key, value in saved["model"].items()}
+    for key, value in kept.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7, msg=key)
-    moved = [key for key, value in network.state_dict().items() if not torch.equal(value, saved["model"][key])]
+    moved = [key for key, value in network.state_dict().items() if not torch.equal(value, kept[key])]
     assert len(moved) > len(saved["model"]) // 2
 
     # validation scored the mean, and evaluation scores it again
@@ -298,7 +300,7 @@ def test_cases_that_lack_sequences_are_trained_on_where_they_may(overlays, lacki
     for (ids, present), mask in zip(lacked, told, strict=True):
         assert present.tolist() == [[m != "t1ce" or case != "Phantom_001" for m in MODALITIES] for case in ids]
         # a mask may have two rows a sample: complete, and with a subset
-        assert mask is None or not (mask & ~present.repeat(len(mask) // len(present), 1)).any()
+        assert mask is None or not (mask.cpu() & ~present.repeat(len(mask) // len(present), 1)).any()
         assert mask is not None or present.all()
     assert any(not present.all() for _, present in lacked)
     table = iterations(tmp_path / "run")

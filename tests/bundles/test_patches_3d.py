@@ -219,7 +219,7 @@ def test_the_small_network_of_a_cpu_becomes_one_of_volumes(cases, tmp_path):
     inferer = made.parser.get_parsed_content("validate#inferer")
     assert (type(inferer), list(inferer.roi_size), inferer.sw_batch_size) == (PatchInferer, [32, 32, 32], 4)
     for size in ((32, 32, 32), (33, 30, 17)):
-        logits = network(torch.randn(1, 4, *size))
+        logits = network(torch.randn(1, 4, *size, device=network.head.weight.device))
         assert logits.shape == (1, 4, *size)
     logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())

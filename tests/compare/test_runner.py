@@ -89,7 +89,8 @@ def run(study, tmp_path, bundle, **kwargs):
     return run_study(study, tmp_path, tmp_path / "out", launch=bundle, jobs=1, **kwargs)
 
 
-def test_a_cell_is_trained_scored_and_kept_in_small(study, tmp_path):
+def test_a_cell_is_trained_scored_and_kept_in_small(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bundle = Bundle()
     facts = run(study, tmp_path, bundle)
     assert len(facts) == 6

@@ -150,7 +150,7 @@ def test_home_folder_and_user_are_not_written(tmp_path, monkeypatch):
 
 def test_environment_names_versions():
     found = environment()
-    assert found["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["packages"]["torch"])  # some builds leave "+cu130" out
     assert found["packages"]["monai_cggm"] == monai_cggm.__version__
     assert {"monai", "numpy", "pytorch-ignite"} <= set(found["packages"])
     assert found["processes"] == 1

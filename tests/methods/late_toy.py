@@ -82,9 +82,9 @@ def lacking(data, absent):
     return data
 
 
-def trainer(network, data, method, *, task, optimizer=None, handlers=(), epochs=1, **kwargs):
+def trainer(network, data, method, *, task, optimizer=None, handlers=(), epochs=1, device="cpu", **kwargs):
     engine = SupervisedTrainer(
-        device=torch.device("cpu"),
+        device=torch.device(device),
         max_epochs=epochs,
         train_data_loader=data,
         network=network,

@@ -109,11 +109,13 @@ def batches(number: int, *, modalities: int = 4, size: int = 6, batch: int = 2, 
     return result
 
 
-def trainer(network, parameters, data, method=None, *, handlers=(), lr=0.1, loss=cross_entropy, epochs=1, **kwargs):
+def trainer(
+    network, parameters, data, method=None, *, handlers=(), lr=0.1, loss=cross_entropy, epochs=1, device="cpu", **kwargs
+):
     """A stock MONAI trainer with plain SGD."""
     methods = [] if method is None else [method]
     return SupervisedTrainer(
-        device=torch.device("cpu"),
+        device=torch.device(device),
         max_epochs=epochs,
         train_data_loader=data,
         network=network,

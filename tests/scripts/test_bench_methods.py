@@ -7,10 +7,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from tests.scripts.loading import script_module
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,10 @@ def test_an_arm_that_does_not_exist_is_named(invoke):
     result = invoke("--arms", "joint,agmm")
     assert result.exit_code == 2
     assert "no arm agmm" in result.output
+
+
+@pytest.mark.parametrize("device", ["tpu", pytest.param("cuda", marks=NO_GPU)])
+def test_a_device_that_is_not_there_is_named(invoke, device):
+    result = invoke("--device", device)
+    assert result.exit_code == 2
+    assert ("PyTorch sees no GPU" if device == "cuda" else "must be cpu or cuda, got 'tpu'") in result.output

@@ -26,9 +26,9 @@ def script() -> ModuleType:
 def invoke(script, monkeypatch):
     tiny = {
         name: replace(size, image=(16, 16), batch=2, encoder={**size.encoder, "backbone": "resnet18", "width": 8})
-        for name, size in script.sizes_of_the_bundle().items()
+        for name, size in script.sizes_of_the_bundle(2).items()
     }
-    monkeypatch.setattr(script, "sizes_of_the_bundle", lambda: tiny)
+    monkeypatch.setattr(script, "sizes_of_the_bundle", lambda _batch: tiny)
     threads = torch.get_num_threads()
     app = typer.Typer()
     app.command()(script.main)
@@ -55,8 +55,12 @@ def test_a_convolution_s_gradients_cost_what_its_forward_pass_does(script, layer
 
 
 def test_sizes_are_the_bundle_s(script):
-    sizes = script.sizes_of_the_bundle()
-    assert (sizes["paper"].encoder["backbone"], sizes["paper"].image) == ("resnet101", (160, 160))
+    sizes = script.sizes_of_the_bundle(7)
+    assert (sizes["paper"].encoder["backbone"], sizes["paper"].image, sizes["paper"].batch) == (
+        "resnet101",
+        (160, 160),
+        7,
+    )
     assert (sizes["small"].encoder["width"], sizes["small"].batch, sizes["small"].image) == (12, 16, (64, 64))
 
 
