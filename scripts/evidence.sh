@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Does balancing help? The small version of docs/evidence.md: about half an hour on two CPU cores (reckoned), then a page.
+# Does balancing help? The small version of docs/evidence.md: about forty minutes on two CPU cores, then a page.
 #
 #   bash scripts/evidence.sh               on phantoms in which one sequence drowns out the others
 #   bash scripts/evidence.sh DIR           on a folder of cases of your own, at about 2 mm (scripts/prepare_2mm.py)
