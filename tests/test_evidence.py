@@ -69,3 +69,32 @@ def test_the_readme_shows_the_same() -> None:
     for row, arm in zip(found, ("joint", "dropout", "recipe", "balance", "cggm_clipped"), strict=True):
         expected = subsets.loc[arm, ["subsets", "without_key", "flair+t1ce+t1+t2"]]
         assert row[1:] == [f"{value:.3f}" for value in expected], arm
+
+
+def test_what_is_said_of_balance_terms_is_in_their_table() -> None:
+    terms = pd.read_csv(ROOT / "docs/evidence/inside/figure_7.csv").pivot(
+        index="iteration", columns="series", values="mean"
+    )
+    page = " ".join((ROOT / "docs/evidence.md").read_text(encoding="utf-8").split())
+    low, high = (f"{round(value, -1):.0f}".replace("-", "−") for value in (terms.min().min(), terms.max().max()))
+    assert f"B went from {low} to {high} here, and in {(terms.abs() > 10).any(axis=1).sum()} of {len(terms)}" in page
+    progress = pd.read_csv(ROOT / "docs/evidence/inside/figure_3.csv").query(
+        "panel == 'ε on training batches' and series == 't1'"
+    )
+    seen = progress[progress["mean"] > 5e-5].groupby("kind")["epoch"].max()
+    assert set(seen) == {5}  # "from the sixth epoch on"
+
+
+@pytest.mark.parametrize(
+    ("pair", "score"),
+    [
+        (("balance", "recipe"), "without_key"),
+        (("balance", "balance_shuffled"), "without_key"),
+        (("cggm_clipped", "joint"), "without_key"),
+    ],
+)
+def test_differences_in_the_text_are_those_of_the_tables(pair: tuple[str, str], score: str) -> None:
+    row = table("phantom", "differences").set_index(["arm", "against", "score"]).loc[(*pair, score)]
+    numbers = [f"{row[name]:.1f}".replace("-", "−") for name in ("difference", "low", "high")]
+    shown = f"{'+' if row['difference'] > 0 else ''}{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    assert shown in " ".join(section("phantom").split())

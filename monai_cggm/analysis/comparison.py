@@ -278,6 +278,20 @@ def points(value: float, *, sign: bool = False, digits: int = 1) -> str:
     return f"{rounded:{'+' if sign else ''}.{digits}f}"
 
 
+def interval_text(low: float, high: float, digits: int = 1) -> str:
+    """Write an interval of points, an end with more digits where rounding would hide on which side of zero it is.
+
+    Example:
+        >>> interval_text(-2.31, -0.02)
+        '[-2.3, -0.02]'
+    """
+    ends = []
+    for value in (low, high):
+        needed = next((n for n in range(digits, digits + 3) if round(value, n)), digits)
+        ends.append(points(value, digits=needed))
+    return f"[{', '.join(ends)}]"
+
+
 def arm_title(study: Mapping[str, Any], arm: str) -> str:
     """Return what readers see of an arm: its title on one line, or its name.
 
@@ -312,9 +326,7 @@ def _verdict(
     rows = [found[rival] for rival in rivals]
     digits = measure.gain_digits
     numbers = [
-        f"{points(row.difference, sign=True, digits=digits)} "
-        f"[{points(row.low, digits=digits)}, {points(row.high, digits=digits)}]"
-        for row in rows
+        f"{points(row.difference, sign=True, digits=digits)} {interval_text(row.low, row.high, digits)}" for row in rows
     ]
     numbers[0] = numbers[0].replace(" [", f" {measure.gain} [", 1)
     over = "over" if measure.more_is_better else "than"
@@ -498,9 +510,12 @@ def _with_penalties(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _means(rows: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
+    """Mean and spread of each column; NaN where some cell lacks it: means over different cells do not compare."""
     means: dict[str, float] = {}
+    scored = rows.groupby(list(CELL))[list(columns)].count().gt(0).all()
     for column, result in seed_means(rows, columns).items():
-        means |= {column: result.mean, f"{column}_sd": result.sd}
+        mean, sd = (result.mean, result.sd) if scored[column] else (math.nan, math.nan)
+        means |= {column: mean, f"{column}_sd": sd}
     return means
 
 

@@ -18,6 +18,7 @@ from monai_cggm.analysis.comparison import (
     arm_title,
     compare,
     controls_of,
+    interval_text,
     outcome,
     points,
     score_labels,
@@ -190,11 +191,12 @@ def _full_set_section(comparison: Comparison, study: Mapping[str, Any]) -> Secti
     title = "All modalities given"
     if comparison.full_set.empty:
         return Section(title, ["No arm has a finished cell yet."])
+    table = comparison.full_set
     caption = (
-        f"Scores on the {_part(study)} cases from all modalities: mean ± sample standard deviation over seeds "
-        f"(a dash with one seed). {scales(_scores_in(comparison.full_set))}{_penalty_note(comparison.full_set)}"
+        f"Scores on the {_part(study)} cases from all modalities: mean ± sample standard deviation over seeds (a dash "
+        f"with one seed, and where a cell lacks the score). {scales(_scores_in(table))}{_penalty_note(table)}"
     )
-    return Section(title, blocks=[_score_rows(comparison.full_set, study, caption)])
+    return Section(title, blocks=[_score_rows(table, study, caption)])
 
 
 def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Section:
@@ -405,7 +407,7 @@ def _mean_sd(mean: float, sd: float, digits: int) -> str:
 
 
 def _interval(low: float, high: float, digits: int) -> str:
-    return DASH if math.isnan(low) else f"[{points(low, digits=digits)}, {points(high, digits=digits)}]"
+    return DASH if math.isnan(low) else interval_text(low, high, digits)
 
 
 def _p(value: float) -> str:

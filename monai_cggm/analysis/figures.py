@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +94,8 @@ def figure_3(runs: Sequence[Run]) -> Item:
     if not modulated:
         raise LeftOut("needs a run of CGGM")
     watched = _kinds(runs, ("observe",))
-    title = "Training without modulation and with CGGM" if watched else "Training with CGGM"
+    way = "CGGM" if all(kind.label.startswith("CGGM") for kind in modulated) else "modulation"
+    title = f"Training without modulation and with {way}" if watched else f"Training with {way}"
     return _training_figure(title, watched | _most(modulated, MOST_KINDS - len(watched)))
 
 
@@ -394,7 +395,9 @@ def figure_6(runs: Sequence[Run]) -> Item:
 
 
 def figure_7(runs: Sequence[Run]) -> Item:
-    """Draw the balance terms over iterations, with the line ρ(M−1)/M that is their mean without a rule.
+    """Draw the balance terms over iterations, with a line at the mean that they have by construction.
+
+    CGGM's is ρ(M−1)/M; another method's is that which its configuration has TensorBoard draw (``log#balance_line``).
 
     Under the paper's rule terms have no bound, so the axis ends at the 1st and the 99th percentile.
 
@@ -408,13 +411,14 @@ def figure_7(runs: Sequence[Run]) -> Item:
         raise LeftOut("needs a run with balance terms (CGGM) and its iterations.csv")
     kinds = {kind: group for kind, group in kinds.items() if kind.label in set(rows["kind"])}
     figure, panels = _panels(len(kinds))
-    notes = []
+    notes, drawn = [], []
     for axes, kind in zip(panels, kinds, strict=True):
         these = rows[rows["kind"] == kind.label]
         _draw_iterations(axes, these, series)
-        line = _balance_line(kind, kinds[kind])
+        line, words = _balance_line(kind, kinds[kind])
         if line is not None:
-            axes.axhline(line, color=_RED, linewidth=1.2, label="ρ(M−1)/M", zorder=3)
+            drawn.append(words)
+            axes.axhline(line, color=_RED, linewidth=1.2, label=words, zorder=3)
             axes.annotate(f"{line:.3g}", (1, line), xycoords=("axes fraction", "data"), color=_RED, fontsize=7)
         low, high, outside = _robust_limits(these["mean"], 1, 99, keep=line)
         axes.set_ylim(low, high)
@@ -423,19 +427,25 @@ def figure_7(runs: Sequence[Run]) -> Item:
         notes.append(f"{kind.label}: {outside} of {len(these)} points lie outside of the axis; terms go {extremes}.")
     _label(panels, "iteration", "balance term B (no unit)")
     title = "Balance terms over iterations"
-    legend = [*(_line(colour, name) for name, colour in series.items()), _line(_RED, "ρ(M−1)/M")]
+    red = " or ".join(dict.fromkeys(drawn))
+    legend = [*(_line(colour, name) for name, colour in series.items()), *([_line(_RED, red)] if red else [])]
     _finish(figure, title, runs_of(kinds), (), extra=legend)
     caption = (
-        "B of each modality after the rule; above the red line ρ(M−1)/M a modality is promoted, below it is held back. "
-        f"Solid: rolling median over {_window(rows)} iterations; faint: every iteration (mean over runs of a kind). "
+        "B of each modality after the rule"
+        + (f"; above the red line, {red}, a modality is promoted, below it is held back. " if red else ". ")
+        + f"Solid: rolling median over {_window(rows)} iterations; faint: every iteration (mean over runs of a kind). "
         "Axes end at the 1st and 99th percentile. " + " ".join(notes)
     )
     return Item(title, _caption(caption, runs_of(kinds)), rows, figure)
 
 
-def _balance_line(kind: Kind, runs: Sequence[Run]) -> float | None:
+def _balance_line(kind: Kind, runs: Sequence[Run]) -> tuple[float | None, str]:
+    """The mean that balance terms have by construction, and what it is called."""
     modalities = len(_modalities(runs))
-    return None if kind.rho is None or modalities < 2 else kind.rho * (modalities - 1) / modalities
+    if kind.rho is not None:
+        return (kind.rho * (modalities - 1) / modalities if modalities > 1 else None), "ρ(M−1)/M"
+    told = [log.get("balance_line") for run in runs if isinstance(log := run.config.get("log"), Mapping)]
+    return next((float(line) for line in told if isinstance(line, int | float)), None), "the mean of B"
 
 
 def _over_iterations(kinds: dict[Kind, list[Run]], columns: dict[str, str], smoothing: str) -> pd.DataFrame:

@@ -79,10 +79,12 @@ def without_folders(text: object) -> str:
         >>> without_folders("case a: no label (/home/me/data/a_seg.nii.gz)")
         'case a: no label (…/a_seg.nii.gz)'
     """
-    return _FOLDERS.sub("…/", one_line(text))
+    return _FOLDERS.sub("…/", _HOME.sub("~", one_line(text)))
 
 
-_FOLDERS = re.compile(r"""(?<![\w.…/\\])(?:[A-Za-z]:[\\/]|/|~/|\\\\)(?:[^\s/\\'":()\[\],]+[\\/])+""")
+_HOME = re.compile(r"""(?<![\w.…/\\])/(?:home|Users)/[^\s/\\'":()\[\],]+(?=$|[\s'":()\[\],])""")
+_ROOT = r"(?<![\w.…/\\])(?:file:/{2,3}|[A-Za-z]:[\\/]|(?<!:)//|/|~/|\\\\)"
+_FOLDERS = re.compile(_ROOT + r"""(?:[^\s/\\'":()\[\],]+[\\/])+""")
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

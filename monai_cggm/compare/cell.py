@@ -122,8 +122,11 @@ def run_cell(
 
 
 def failed_cell(cell: Cell, study: Study, out: Path, error: BaseException) -> dict[str, Any]:
-    """Record a cell that could not be run to its end for a reason of its own."""
-    facts = _facts(cell, study, out, out / "runs" / cell.folder, f"{type(error).__name__}: {error}")
+    """Record a cell that could not be run to its end for a reason of its own.
+
+    It reads no file but the split, for a file that cannot be read may be the reason.
+    """
+    facts = {**plan_of(cell, study), "status": "failed", "error": _plain(f"{type(error).__name__}: {error}", out)}
     _write_json(out / "cells" / cell.folder / "cell.json", facts)
     return facts
 
@@ -250,12 +253,16 @@ def _facts(cell: Cell, study: Study, out: Path, run_dir: Path, error: str | None
         **plan_of(cell, study),
         "configuration": configuration_of(cell, study),
         "status": "done" if error is None else "failed",
-        "error": None if error is None else without_folders(error.replace(f"{out.resolve()}/", "OUT/")),
+        "error": None if error is None else _plain(error, out),
         "modalities": list(settings.get("modalities", study.modalities)),
         **_epochs(run_dir / "epochs.csv"),
         **resources,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _plain(error: str, out: Path) -> str:
+    return without_folders(error.replace(f"{out.resolve()}/", "OUT/"))
 
 
 def _resources(cell: Cell, study: Study, out: Path, run_dir: Path) -> dict[str, Any]:

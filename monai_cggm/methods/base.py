@@ -106,7 +106,8 @@ class UnimodalObserver(Watch):
         unimodal_weights: share of each classifier's gradient that goes on into its encoder, ``(M,)``; None: nothing
             does, the features are detached.
         task_weight: factor of the task's loss and of what the method adds to it.
-        loss_terms: further terms of the loss, by name.
+        loss_terms: further terms of the loss, by name; where ``task_weight`` is 0, as in a warm-up of the classifiers,
+            they are logged and do not act.
         balance: the factors that a steering method gave the encoders last, ``(M,)``; None without such a method.
         step: what is known of the current step, between ``LOSS_COMPLETED`` and ``BACKWARD_COMPLETED``; else None.
 
@@ -217,7 +218,7 @@ class UnimodalObserver(Watch):
         for name, term in self.loss_terms.items():
             value = term(step)
             self._scalars[f"loss/{name}"] = value.detach()
-            loss = loss + value
+            loss = loss + value if self.task_weight else loss
         output[CommonKeys.LOSS] = loss
         self.epsilon = step.epsilon
         self.step = step

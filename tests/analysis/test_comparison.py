@@ -293,6 +293,18 @@ def test_without_distances_there_are_no_penalties(tmp_path: Path) -> None:
     assert "penalties" not in compare(read_cells(tmp_path), a_study()).full_set
 
 
+def test_means_over_some_of_the_cells_are_left_out(tmp_path: Path) -> None:
+    for seed, hd95 in ((0, 10.0), (1, None)):
+        scored_cell(tmp_path, "joint", "a", seed, plus(0), hd95=hd95)
+        scored_cell(tmp_path, "recipe", "a", seed, plus(0.1))
+    table = compare(read_cells(tmp_path), a_study()).full_set
+    joint, recipe = (row_of(table, arm=arm) for arm in ("joint", "recipe"))
+    assert math.isnan(joint["hd95_WT"])
+    assert math.isnan(joint["hd95_WT_sd"])
+    assert recipe["hd95_WT"] == pytest.approx(11.0)
+    assert joint["dice_WT"] == pytest.approx(recipe["dice_WT"] - 0.1)
+
+
 def test_other_regions(tmp_path: Path) -> None:
     scored_cell(tmp_path, "joint", "a", 0, plus(0), regions=("liver", "lesion"))
     columns = list(compare(read_cells(tmp_path), a_study()).full_set.columns)

@@ -232,6 +232,21 @@ def test_figure_7_cuts_its_axis_and_says_so(tmp_path):
     assert axes.get_ylabel() == "balance term B (no unit)"
 
 
+def test_another_method_s_line_is_the_one_that_its_configuration_names(tmp_path):
+    method = {**cggm(), "_target_": "monai_cggm.methods.RelativeBalance"}
+    for name, config, labels in (("line", {"log": {"balance_line": 1.0}}, ["the mean of B"]), ("none", {}, [])):
+        runs = read(make(tmp_path / name, method, config=config))
+        item = figure_7(runs)
+        (axes,) = panels(item)
+        lines = [line for line in axes.lines if line.get_label() in ("ρ(M−1)/M", "the mean of B")]
+        assert [line.get_label() for line in lines] == labels
+        assert [line.get_ydata()[0] for line in lines] == [1.0] * len(labels)
+        assert ("above the red line, the mean of B, a modality is promoted" in item.caption) is bool(labels)
+        assert "ρ(M−1)/M" not in item.caption
+        assert legend(item) == ["flair", "t1", *labels]
+        assert figure_3(runs).title == "Training with modulation"
+
+
 def test_figures_hold_six_kinds_at_most(tmp_path):
     folders = [make(tmp_path / f"r{i}", cggm(rho=1 + i / 10)) for i in range(8)]
     repeated = make(tmp_path / "again", cggm(rho=1.7), seed=1)

@@ -143,6 +143,18 @@ def test_a_cell_that_fails_is_reported_and_stops_nothing(study, tmp_path):
     assert len([f for _, f in seen if f is not None]) == 6
 
 
+def test_a_damaged_file_of_a_cell_that_fails_stops_nothing(study, tmp_path):
+    def damage(settings):
+        if "recipe" in settings["run_dir"]:
+            (Path(settings["run_dir"]) / "epochs.csv").write_text("epoch,iteration\n,\n")
+
+    facts = run(study, tmp_path, Bundle(fail={"recipe"}, before=damage))
+    assert [f["status"] for f in facts].count("done") == 4
+    found = json.loads((tmp_path / "out/cells/recipe/part-seed0/cell.json").read_text())
+    assert (found["status"], found["seed"]) == ("failed", 0)
+    assert found["error"].startswith("ValueError: invalid literal for int()")
+
+
 def test_a_finished_cell_of_another_plan_is_not_taken_for_one_of_this(study, tmp_path):
     run(study, tmp_path, Bundle())
     other = read_study(tmp_path / "study.yaml", settings={"epochs": 5}, seeds=[0, 1])

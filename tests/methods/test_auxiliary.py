@@ -6,7 +6,7 @@ import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
-from monai_cggm.methods import CGGM, AuxiliaryLosses, RelativeBalance, UnimodalObserver
+from monai_cggm.methods import CGGM, AuxiliaryLosses, Distillation, RelativeBalance, UnimodalObserver
 from tests.methods import toy
 from tests.methods.toy import everything, gradients_of_one_step, metric, parts
 
@@ -102,12 +102,13 @@ def test_weights_follow_the_balance_of_the_step_before(steps, modalities):
     ],
     ids=["observer", "cggm", "bounded", "weights", "relative"],
 )
-def test_in_the_warm_up_only_the_classifiers_losses_act(made):
+@pytest.mark.parametrize("distils", [False, True])
+def test_in_the_warm_up_only_the_classifiers_losses_act(made, distils):
     network, classifiers = parts(dtype=torch.float64)
     data = toy.batches(2, dtype=torch.float64)
     method = made(network, classifiers)
-    warmup = AuxiliaryLosses(method, 2.0, warmup_epochs=1)
-    engine = toy.trainer(network, everything(network, classifiers), data, method, handlers=[warmup], lr=0.0, epochs=2)
+    handlers = [AuxiliaryLosses(method, 2.0, warmup_epochs=1), *([Distillation(method)] if distils else [])]
+    engine = toy.trainer(network, everything(network, classifiers), data, method, handlers=handlers, lr=0.0, epochs=2)
     gradients = []
     engine.add_event_handler(
         IterationEvents.MODEL_COMPLETED,
@@ -121,7 +122,7 @@ def test_in_the_warm_up_only_the_classifiers_losses_act(made):
             assert (gradient.abs().max() == 0) == (owner(name, toy.MODALITIES) is None), name
         # the second epoch is past the warm-up
         assert all(gradient.abs().max() > 0 for gradient in gradients[2 + step].values())
-    if type(method) in (UnimodalObserver, RelativeBalance):
+    if type(method) in (UnimodalObserver, RelativeBalance) and not distils:
         reference, auxiliary = by_autograd(network, classifiers, data[1])
         assert_gradients(gradients[3], reference, auxiliary, dict.fromkeys(toy.MODALITIES, 2.0))
 
