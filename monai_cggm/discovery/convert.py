@@ -24,7 +24,7 @@ from monai_cggm.data.layouts import LABEL, SECTIONS, is_safe_id
 from monai_cggm.discovery.dataset_json import DATASET
 from monai_cggm.discovery.found import Found, FoundCase, Source
 from monai_cggm.discovery.names import modality_of
-from monai_cggm.discovery.sources import Grid, is_plain, read_volumes
+from monai_cggm.discovery.sources import Grid, files_of, is_plain, read_volumes
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 
@@ -68,8 +68,8 @@ def write_datalist(
 
     The datalist is in MONAI's style and what :func:`monai_cggm.data.layouts.find_cases` reads: lists under
     ``training``, ``validation``, ``test`` of items with ``case``, ``patient`` and one path a key, relative for files
-    below ``out`` and absolute for others. It is plain data, which no parser evaluates. The names of plain NIfTI files
-    are in it: ``copy`` keeps them out too.
+    below ``out`` and absolute for others; and ``labels``, the names of the label values, where they are known. It is
+    plain data, which no parser evaluates. The names of plain NIfTI files are in it: ``copy`` keeps them out too.
 
     Args:
         found: see :func:`monai_cggm.discovery.discover`.
@@ -101,16 +101,36 @@ def write_datalist(
     if problems:
         raise DataError(problems)
     write_volumes(list(targets.values()), workers=workers, progress=progress)
-    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
-    items = []
-    for case in sorted(found.cases, key=lambda case: SECTIONS.index(case.section)):
-        paths = {
+    paths = {
+        case.case_id: {
             key: targets[case.case_id, key].file if (case.case_id, key) in targets else source.path.absolute()
             for key, source in case.sources().items()
         }
-        items.append(_item(case, {key: str(path) for key, path in paths.items()}))
-        sections[case.section].append(_item(case, {key: _written(path, folder) for key, path in paths.items()}))
-    content = {name: entries for name, entries in sections.items() if entries}
+        for case in found.cases
+    }
+    return list_cases(found, paths, folder)
+
+
+def list_cases(found: Found, paths: Mapping[str, Mapping[str, Path]], folder: Path) -> list[dict[str, Any]]:
+    """Write ``datalist.json``: the cases by section and, where they are known, the names of the label values.
+
+    Args:
+        found: the cases and the names.
+        paths: case -> key -> file.
+        folder: where to write it; files below are written relative to it.
+
+    Returns:
+        The items, section by section, with the paths as they are given.
+    """
+    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
+    items = []
+    for case in sorted(found.cases, key=lambda case: SECTIONS.index(case.section)):
+        files = paths[case.case_id]
+        items.append(_item(case, {key: str(path) for key, path in files.items()}))
+        sections[case.section].append(_item(case, {key: _written(path, folder) for key, path in files.items()}))
+    # As in the Decathlon's dataset.json.
+    names = {"labels": {str(value): name for value, name in found.label_names.items()}} if found.label_names else {}
+    content = {**names, **{name: entries for name, entries in sections.items() if entries}}
     with atomic_path(folder / DATALIST) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return items
@@ -208,14 +228,19 @@ def _convert_file(targets: Sequence[Target]) -> list[str]:
     for target, mark in due:
         try:
             voxels = array[..., target.source.channel or 0]
-            data = _label_voxels(voxels, target.classes) if target.key == LABEL else _image_voxels(voxels)
+            data = _label_voxels(voxels, target.classes) if target.key == LABEL else image_voxels(voxels)
             _write(target.file, data, grid, units, mark)
         except (ValueError, OSError) as error:
             problems.append(f"case {target.case_id}: {target.key} {error} ({target.source.path})")
     return problems
 
 
-def _image_voxels(array: np.ndarray) -> np.ndarray:
+def image_voxels(array: np.ndarray) -> np.ndarray:
+    """Voxels in a type that NIfTI has and many readers know: float64 becomes float32, 64-bit whole numbers 32-bit ones.
+
+    Raises:
+        ValueError: where they are no real numbers.
+    """
     if array.dtype.kind not in "biuf":
         raise ValueError(f"holds {array.dtype} voxels, expected numbers")
     if array.dtype.kind == "b":
@@ -259,11 +284,7 @@ def _write(file: Path, voxels: np.ndarray, grid: Grid, units: str, mark: bytes) 
 
 def _mark(target: Target) -> bytes:
     """What tells a file that was made from this source; it fits a NIfTI header's 80 bytes of description."""
-    path = target.source.path
-    # An .mhd or .nhdr file has its voxels in another one beside it.
-    detached = path.suffix.lower() in (".mhd", ".nhdr")
-    beside = [file for file in path.parent.iterdir() if file.stem == path.stem] if detached else [path]
-    files = sorted(path.iterdir()) if path.is_dir() else sorted(beside)
+    files = files_of(target.source)
     stats = [(str(file.absolute()), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
     made: tuple[Any, ...] = (_FORMAT, target.source.kind, target.source.channel, target.key == LABEL, stats)
     # Only where there are classes: files that were made without keep their mark.

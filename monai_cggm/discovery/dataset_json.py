@@ -58,7 +58,7 @@ def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
     where = root / DATASET
     channels = _channels(content.get("channel_names", content.get("modality")), where)
     notes: list[str] = []
-    label_names = _label_names(content.get("labels"), where, notes)
+    label_names = label_names_of(content.get("labels"), where, notes)
     folders = {name: list_volumes(root / name) for name in ("imagesTr", "labelsTr", "imagesTs")}
     training = folders["imagesTr"].volumes
     if not training and not folders["imagesTr"].pictures and not isinstance(content.get("dataset"), dict):
@@ -90,12 +90,24 @@ def listed_volume(text: Any, root: Path) -> Source:
     """
     if not isinstance(text, str):
         raise ValueError(f"is {text!r}, expected a path")
+    if not (root / Path(text).expanduser()).exists():
+        raise ValueError(f"{text} is not there")
+    return volume_at(text, root)
+
+
+def volume_at(text: Any, root: Path) -> Source:
+    """The volume that a JSON file names, which may not be there.
+
+    Raises:
+        ValueError: where it is no volume by its name.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"is {text!r}, expected a path")
     path = root / Path(text).expanduser()
     kind = kind_of(path)
-    if not path.exists():
-        raise ValueError(f"{text} is not there")
     if kind is None:
-        raise ValueError(f"{text} is no volume: expected NIfTI, NRRD, MHA or the folder of a DICOM series")
+        missing = "" if path.exists() else "not there, or "
+        raise ValueError(f"{text} is {missing}no volume: expected NIfTI, NRRD, MHA or the folder of a DICOM series")
     return Source(path, kind=kind)
 
 
@@ -123,8 +135,17 @@ def _channels(named: Any, where: Path) -> dict[int, tuple[str, str]]:
     return {n: (f"{key}_{n}" if repeated else key, texts[n]) for n, key in keys.items()}
 
 
-def _label_names(labels: Any, where: Path, notes: list[str]) -> dict[int, str] | None:
-    """Value -> name, from name -> value (nnU-Net 2) or value -> name (the Decathlon)."""
+def label_names_of(labels: Any, where: Path, notes: list[str]) -> dict[int, str] | None:
+    """Value -> name, from name -> value (nnU-Net 2) or value -> name (the Decathlon).
+
+    Args:
+        labels: what a JSON file says; None where it says nothing.
+        where: the file, for messages.
+        notes: gets what the reader should know.
+
+    Raises:
+        DataError: where it cannot be understood.
+    """
     if labels is None:
         return None
     if not isinstance(labels, dict):
@@ -133,7 +154,7 @@ def _label_names(labels: Any, where: Path, notes: list[str]) -> dict[int, str] |
     for key, value in labels.items():
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(value, list):
-            notes.append(f"{DATASET} joins label values to regions ({key}: {value}): no names for single values.")
+            notes.append(f"{where.name} joins label values to regions ({key}: {value}): no names for single values.")
             return None
         name, number = (key, value) if isinstance(value, int) else (value, key)
         try:

@@ -10,15 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from monai_cggm.data.layouts import LABEL, datalist_sections, patient_of
-from monai_cggm.discovery.dataset_json import channel_count, listed_volume
-from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, stem_of
-from monai_cggm.discovery.names import IGNORED, fits, key_of, modality_of, some, vocabulary_of, words_of
+from monai_cggm.discovery.dataset_json import channel_count, label_names_of, listed_volume, read_json, volume_at
+from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, rival_problems, stem_of
+from monai_cggm.discovery.names import (
+    IGNORED,
+    fits,
+    key_of,
+    modality_of,
+    some,
+    vocabulary_of,
+    without_words,
+    words_of,
+)
 from monai_cggm.errors import DataError
 
 _BIDS_CASE = re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)(_(?P<session>ses-[A-Za-z0-9]+))?_.+")
 #: Folders of time series and of what belongs to these.
 _NOT_ANATOMY = {"func", "fmap", "dwi", "perf", "eeg", "meg", "ieeg"}
 _BIDS_LABELS = {"dseg", "mask", "label", "seg", "roi"}
+#: Keys of a datalist's item that are no modality; `mask` is what monai-cggm align makes.
+_NO_MODALITY = {LABEL, "mask", "case", "patient", "labels", "fold"}
 
 
 def is_bids(listing: Listing, root: Path) -> bool:
@@ -31,7 +42,12 @@ def is_bids(listing: Listing, root: Path) -> bool:
 
 
 def read_bids(
-    listing: Listing, root: Path, *, patterns: Mapping[str, str] | None = None, label_pattern: str | None = None
+    listing: Listing,
+    root: Path,
+    *,
+    patterns: Mapping[str, str] | None = None,
+    label_pattern: str | None = None,
+    only: bool = False,
 ) -> Draft:
     """Read a BIDS folder: ``sub-*/[ses-*/]anat/*_FLAIR.nii.gz``, labels as ``…_{dseg,mask,label}.nii.gz`` anywhere.
 
@@ -43,13 +59,15 @@ def read_bids(
         root: the folder.
         patterns: modality -> pattern, see :func:`monai_cggm.discovery.recognise.recognise`.
         label_pattern: the like for the label.
+        only: whether what no pattern fits is no modality.
     """
+    chosen = {**(patterns or {}), **({LABEL: label_pattern} if label_pattern else {})}
     groups: dict[tuple[str, str], dict[str, list[Source]]] = defaultdict(lambda: defaultdict(list))
     ignored: list[str] = []
     doubts: list[str] = []
     for volume in listing.volumes:
         match = _BIDS_CASE.fullmatch(stem_of(volume))
-        keys = _bids_keys(volume, root, patterns, label_pattern) if match else []
+        keys = _bids_keys(volume, root, chosen, only=only) if match else []
         if match and len(keys) == 1:
             session = match["session"]
             case_id = f"{match['patient']}_{session}" if session else match["patient"]
@@ -58,15 +76,7 @@ def read_bids(
             doubts.append(f"{volume.path} fits the patterns of {' and '.join(keys)}, expected one")
         else:
             ignored.append(volume.path.name)
-    # A mask of a subject without an image is another pipeline's.
     images = {place: files for place, files in groups.items() if set(files) - {LABEL}}
-    problems = [
-        f"case {case_id}: {len(rivals)} files may be {key}: {some(v.path.relative_to(root) for v in rivals)}; choose "
-        f"with a pattern for {key}, such as *{stem_of(rivals[0])[len(case_id) :]}*"
-        for (case_id, _), files in images.items()
-        for key, rivals in files.items()
-        if len(rivals) > 1
-    ]
     cases = [
         FoundCase(
             case_id,
@@ -74,14 +84,21 @@ def read_bids(
             {key: files[key][0] for key in sorted(files) if key != LABEL},
             files[LABEL][0] if LABEL in files else None,
             place=str(next(files[key][0] for key in files if key != LABEL).path.parent),
+            problems=rival_problems(files, root, case_id),
         )
         for (case_id, patient), files in sorted(images.items())
     ]
     notes = ["BIDS names (sub-*, ses-*): a session is a case, a subject is a patient; modalities by suffix."]
     if ignored:
         notes.append(f"Ignored: {len(ignored)} volumes of no use here: {some(ignored)}.")
-    modalities = tuple(patterns) if patterns else tuple(sorted({key for case in cases for key in case.images}))
-    return Draft("bids", cases, modalities, notes=notes, problems=doubts + problems)
+    lone = [volume.path.name for place in sorted(groups.keys() - images.keys()) for volume in groups[place][LABEL]]
+    if lone:
+        notes.append(f"Ignored: {len(lone)} labels of no image, by subject and session: {some(lone)}.")
+    found = {key for case in cases for key in case.images}
+    modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
+    counts = [f"{key} {sum(key in case.sources() for case in cases)}" for key in (*modalities, LABEL)]
+    notes.append(f"Files: {', '.join(counts)}.")
+    return Draft("bids", cases, modalities, notes=notes, problems=doubts)
 
 
 def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
@@ -89,17 +106,21 @@ def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
 
     Each case has one path a key (``flair``, ``label``), relative to the datalist or absolute; ``case``, ``patient`` and
     ``labels`` are optional. A case may instead have one 4-D file, or a list of files, under ``image``: then
-    ``modalities`` names its channels.
+    ``modalities`` names its channels. The Decathlon's ``labels`` beside the lists names the label values.
 
     Args:
         path: the datalist.
         modalities: names of the channels of ``image``.
 
+    Returns:
+        The cases; files that are not there are their problems.
+
     Raises:
-        DataError: where it cannot be understood, or names files that are not there.
+        DataError: where it cannot be understood.
     """
     cases: list[FoundCase] = []
     problems: list[str] = []
+    notes: list[str] = []
     for section, entries in datalist_sections(path).items():
         for index, entry in enumerate(entries):
             try:
@@ -107,28 +128,29 @@ def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
             except ValueError as error:
                 problems.append(f"{section}[{index}]: {error} ({path})")
     if problems:
-        raise DataError(problems)
+        raise DataError([*problems, *(str(error) for case in cases for error in case.errors())])
     order = tuple(dict.fromkeys(key for case in cases for key in case.images))
-    return Draft("datalist", cases, order, notes=[f"A datalist; modalities in its order: {', '.join(order)}."])
+    notes.append(f"A datalist; modalities in its order: {', '.join(order)}.")
+    return Draft("datalist", cases, order, label_names_of(read_json(path).get("labels"), path, notes), notes)
 
 
-def _bids_keys(volume: Source, root: Path, patterns: Mapping[str, str] | None, label_pattern: str | None) -> list[str]:
-    chosen = {**(patterns or {}), **({LABEL: label_pattern} if label_pattern else {})}
+def _bids_keys(volume: Source, root: Path, chosen: Mapping[str, str], *, only: bool) -> list[str]:
     fitting = [key for key, pattern in chosen.items() if fits(volume.path, root, pattern)]
     if fitting:
         return fitting
     *entities, suffix = stem_of(volume).split("_")
     pairs = dict(entity.split("-", 1) for entity in entities if "-" in entity)
     if suffix.lower() in _BIDS_LABELS:
-        is_label = not label_pattern and pairs.get("desc", "").lower() != "brain" and pairs.get("label") != "brain"
+        is_label = LABEL not in chosen and pairs.get("desc", "").lower() != "brain" and pairs.get("label") != "brain"
         return [LABEL] if is_label else []
     parts = volume.path.relative_to(root).parts
-    if patterns or parts[0] == "derivatives" or _NOT_ANATOMY & set(parts):
+    if only or parts[0] == "derivatives" or _NOT_ANATOMY & set(parts):
         return []
     if key_of(suffix, vocabulary_of())[0] in (LABEL, IGNORED):
         return []
     key = modality_of(suffix)
-    return ["t1ce" if key == "t1" and "ce" in pairs else key]
+    key = "t1ce" if key == "t1" and "ce" in pairs else key
+    return [] if key in chosen else [key]
 
 
 def _entry_case(entry: Any, datalist: Path, section: str, index: int, modalities: Sequence[str] | None) -> FoundCase:
@@ -138,11 +160,13 @@ def _entry_case(entry: Any, datalist: Path, section: str, index: int, modalities
     for key, value in entry.items():
         if key == "image":
             images |= _stacked(value, datalist.parent, modalities)
-        elif key not in (LABEL, "case", "patient", "labels", "fold") and _is_volume(value, datalist.parent):
-            images[modality_of(key)] = listed_volume(value, datalist.parent)
+        elif key not in _NO_MODALITY and _is_volume(value, datalist.parent):
+            images[modality_of(key)] = volume_at(value, datalist.parent)
     if not images:
         raise ValueError(f"has keys {', '.join(map(str, entry))}, expected one path a modality")
-    label = listed_volume(entry[LABEL], datalist.parent) if entry.get(LABEL) is not None else None
+    label = volume_at(entry[LABEL], datalist.parent) if entry.get(LABEL) is not None else None
+    files = {**images, **({LABEL: label} if label else {})}
+    gone = {key: source.path for key, source in files.items() if not source.path.exists()}
     case_id = _text(entry, "case") or _common_id(images)
     if case_id is None:
         raise ValueError("has no 'case', and its file names give no common ID")
@@ -154,6 +178,7 @@ def _entry_case(entry: Any, datalist: Path, section: str, index: int, modalities
         section,
         f"{datalist}, {section}[{index}]",
         _text(entry, "labels"),
+        tuple((f"{key}, of {section}[{index}], is not there", str(file)) for key, file in gone.items()),
     )
 
 
@@ -183,6 +208,9 @@ def _text(entry: Mapping[str, Any], key: str) -> str | None:
 
 def _common_id(images: Mapping[str, Source]) -> str | None:
     """What the names of a case's files share in front: ``p01`` of ``p01_flair`` and ``p01_t1``."""
+    if len(images) == 1:
+        name = stem_of(next(iter(images.values())))
+        return without_words(name, key_of(name, vocabulary_of(list(images)))[1]) or name
     if len({source.path for source in images.values()}) == 1:
         return stem_of(next(iter(images.values())))
     names = [stem_of(source) for source in images.values()]

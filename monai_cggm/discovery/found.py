@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from monai_cggm.data.labels import convention_for
-from monai_cggm.data.layouts import folders_below
+from monai_cggm.data.layouts import LABEL, folders_below
+from monai_cggm.discovery.names import fits, some
 from monai_cggm.errors import CaseError
 
 Kind = Literal["nifti", "image", "dicom"]
@@ -49,6 +51,7 @@ class FoundCase:
         section: ``"training"``, ``"validation"`` or ``"test"``.
         place: where the case was found, for messages.
         convention: what a datalist says of the case under ``labels``.
+        problems: what is wrong with it, such as two files for one modality, each with the file or folder.
     """
 
     case_id: str
@@ -58,6 +61,7 @@ class FoundCase:
     section: str = "training"
     place: str = ""
     convention: str | None = None
+    problems: tuple[tuple[str, str], ...] = ()
 
     def told_convention(self) -> str | None:
         """Its label convention, as a datalist tells it or the ID of a known release; None where nothing does."""
@@ -71,6 +75,10 @@ class FoundCase:
     def sources(self) -> dict[str, Source]:
         """All volumes by key, the label last."""
         return {**self.images, **({"label": self.label} if self.label else {})}
+
+    def errors(self) -> list[CaseError]:
+        """Its problems as errors."""
+        return [CaseError(self.case_id, problem, place) for problem, place in self.problems]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,10 @@ class Found:
     def without(self, case_ids: Sequence[str]) -> Found:
         """The same without some cases."""
         return replace(self, cases=tuple(case for case in self.cases if case.case_id not in set(case_ids)))
+
+    def to_predict(self) -> Found:
+        """The same as cases to predict: without labels, and all of them test cases."""
+        return replace(self, cases=tuple(replace(case, label=None, section="test") for case in self.cases))
 
 
 @dataclass
@@ -158,6 +170,49 @@ def kind_of(path: Path) -> Kind | None:
     if _IMAGE.search(path.name):
         return "image"
     return "dicom" if path.is_dir() else None
+
+
+def rival_problems(files: Mapping[str, Sequence[Source]], root: Path, case_id: str) -> tuple[tuple[str, str], ...]:
+    """What is wrong where several files of a case may be one modality, or its label, and how to choose one.
+
+    Args:
+        files: key -> the files that may be it.
+        root: the data set's folder.
+        case_id: the case.
+
+    Example:
+        >>> files = {"t1": [Source(Path("d/p1_T1.nii"))], "t2": [Source(Path(f"d/p1_T2{i}.nii")) for i in ("", "_n4")]}
+        >>> rival_problems(files, Path("d"), "p1")  # doctest: +NORMALIZE_WHITESPACE
+        (('2 files may be t2, expected one',
+          'p1_T2.nii, p1_T2_n4.nii; choose with --modality "t2=*_T2.nii", for example'),)
+    """
+    names = [source.path.name for sources in files.values() for source in sources]
+    doubled = [key for key, rivals in files.items() if len(rivals) > 1 and key != LABEL]
+    # Several patterns alone would leave out what they do not name.
+    others = f" --modalities {','.join(sorted(files.keys() - {LABEL}))}" if len(doubled) > 1 else ""
+    problems = []
+    for key, rivals in files.items():
+        if len(rivals) > 1:
+            patterns = _patterns_for(rivals, root, case_id, names)
+            pattern = next((p for p in patterns if sum(fits(r.path, root, p) for r in rivals) == 1), "PATTERN")
+            chosen = f'--label "{pattern}"' if key == LABEL else f'--modality "{key}={pattern}"{others}'
+            listed = some(rival.path.relative_to(root).as_posix() for rival in rivals)
+            problems.append(
+                (f"{len(rivals)} files may be {key}, expected one", f"{listed}; choose with {chosen}, for example")
+            )
+    return tuple(problems)
+
+
+def _patterns_for(rivals: Sequence[Source], root: Path, case_id: str, names: Sequence[str]) -> Iterator[str]:
+    """Patterns that may tell one of a case's files from the others, in all cases: without the ID, names then places."""
+    shared = next((index for index, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), 0)
+    front = re.sub(r"[\W_]*[^\W_]*$", "", names[0][:shared])
+    for rival in rivals:
+        name = rival.path.name
+        shared_part = case_id if case_id in name else front
+        yield "*".join(map(glob.escape, name.split(shared_part) if shared_part else [name]))
+    for rival in rivals:
+        yield "*".join(map(glob.escape, rival.path.relative_to(root).as_posix().split(case_id)))
 
 
 def _has_dicom(paths: Sequence[Path]) -> bool:

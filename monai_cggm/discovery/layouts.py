@@ -32,7 +32,7 @@ from monai_cggm.discovery.described import is_bids, read_bids, read_datalist
 from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, list_volumes
 from monai_cggm.discovery.names import modality_of, some, vocabulary_of
 from monai_cggm.discovery.recognise import recognise
-from monai_cggm.errors import DataError
+from monai_cggm.errors import CaseError, DataError
 
 
 def discover(
@@ -43,6 +43,7 @@ def discover(
     modalities: Sequence[str] | None = None,
     need_label: bool = True,
     allow_missing: bool = False,
+    keep_bad: bool = False,
 ) -> Found:
     """Find the cases of a folder or datalist and recognise its layout (the module's table has them).
 
@@ -56,12 +57,15 @@ def discover(
     Args:
         source: the folder, or a datalist (``.json``).
         patterns: modality -> pattern of file names, such as ``{"flair": "*_FLAIR*.nii.gz"}``, in any letter case; one
-            with a ``/`` is for paths below the folder. Only these modalities are used, in this order.
+            with a ``/`` is for paths below the folder. One alone chooses the files of that modality, and the others are
+            recognised. Of several, only these modalities are used, in this order, unless ``modalities`` names others.
         label_pattern: the like for the label.
         modalities: the modalities to use, in this order; words of file names that are no known modality may be among
             them. For a datalist with one 4-D ``image``: the names of its channels.
-        need_label: whether training cases must have a label.
+        need_label: whether training cases must have a label; then one is also looked for that no name tells.
         allow_missing: whether cases may lack modalities (one is enough).
+        keep_bad: judge no case: it may have ``problems`` (such as two files for one modality, or another case's ID),
+            lack modalities or its label, and one modality is enough. For callers that go on without bad cases.
 
     Returns:
         What was found.
@@ -85,22 +89,26 @@ def discover(
     if unsafe:
         raise DataError([f"{some(unsafe)}: expected names of modalities such as {some(map(modality_of, unsafe))}"])
     draft = _draft(path, wanted, label_pattern, modalities, need_label)
-    if draft.problems:
-        raise DataError(draft.problems)
-    order = _order(draft, modalities, path)
+    problems = [*draft.problems, *(str(error) for case in draft.cases for error in case.errors() if not keep_bad)]
+    if problems:
+        raise DataError(problems)
+    order = _order(draft, modalities, path, lenient=keep_bad or (allow_missing and not need_label))
     cases = [
         replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in draft.cases
     ]
     lacking = [case for case in cases if not case.images]
-    cases, renamed = _with_safe_ids([case for case in cases if case.images])
-    problems = _missing(cases, order, path, need_label, allow_missing)
+    cases, repeated = _with_repeated([case for case in cases if case.images])
+    if repeated and not keep_bad:
+        raise DataError(repeated)
+    cases, renamed = _with_safe_ids(cases)
+    problems = [] if keep_bad else _missing(cases, order, path, need_label, allow_missing)
     if problems:
         raise DataError(problems)
     notes = [*draft.notes, *renamed]
     if lacking:
         notes.append(f"Left out: {len(lacking)} cases with no modality: {some(case.case_id for case in lacking)}.")
     notes.append(f"{len(cases)} cases of {len({case.patient for case in cases})} patients.")
-    if draft.layout in ("folders", "files", "bids") and not (wanted or modalities):
+    if draft.layout in ("folders", "files", "bids") and not (len(wanted) > 1 or modalities):
         notes.append(f"Modalities in alphabetical order: {', '.join(order)}.")
     if any(volume.kind == "dicom" for case in cases for volume in case.images.values()):
         notes.append("Case IDs are names of folders: see that none of them is the name of a person.")
@@ -130,14 +138,16 @@ def _draft(
         return read_dataset_json(described, path)
     if not listing.volumes:
         raise DataError([_empty(path, listing)])
+    only = len(patterns) > 1 and not modalities
     if bids:
-        return read_bids(listing, path, patterns=patterns, label_pattern=label_pattern)
+        return read_bids(listing, path, patterns=patterns, label_pattern=label_pattern, only=only)
     draft = recognise(
         listing.volumes,
         path,
         vocabulary=vocabulary_of(modalities or ()),
         patterns=patterns,
         label_pattern=label_pattern,
+        only=only,
         wanted=[modality_of(name) for name in modalities or ()],
         need_label=need_label,
     )
@@ -174,15 +184,16 @@ def _refuse_two_layouts(path: Path, described: bool, bids: bool, listing: Listin
         )
 
 
-def _order(draft: Draft, modalities: Sequence[str] | None, path: Path) -> tuple[str, ...]:
+def _order(draft: Draft, modalities: Sequence[str] | None, path: Path, *, lenient: bool) -> tuple[str, ...]:
+    """The modalities, in order; ``lenient``: one is enough, and some may be in no case."""
     if modalities:
         keys = tuple(modality_of(name) for name in modalities)
         unknown = [name for name, key in zip(modalities, keys, strict=True) if key not in draft.modalities]
-        if unknown:
+        if unknown and not (lenient and len(unknown) < len(keys)):
             raise DataError([f"no {some(unknown)} in {path}: its modalities are {some(draft.modalities, 20)}"])
     else:
         keys = draft.modalities
-    if len(set(keys)) < 2:
+    if len(set(keys)) < (1 if lenient else 2):
         raise DataError(
             [f"{path} has one modality only ({some(keys) or 'none'}), expected two or more; give patterns if there are"]
         )
@@ -226,16 +237,23 @@ def _named(cases: Sequence[FoundCase]) -> str:
     return some([f"{case.case_id} ({case.place})" for case in cases[:10]] + [c.case_id for c in cases[10:]], 10)
 
 
+def _with_repeated(cases: Sequence[FoundCase]) -> tuple[list[FoundCase], list[str]]:
+    """The cases, those that share their ID with that problem; and a line for each such ID."""
+    counts = Counter(case.case_id for case in cases)
+    problem = {name: f"{count} cases have this ID, expected one" for name, count in counts.items() if count > 1}
+    places = {name: some(case.place for case in cases if case.case_id == name) for name in problem}
+    marked = [
+        replace(case, problems=(*case.problems, (problem[case.case_id], places[case.case_id])))
+        if case.case_id in problem
+        else case
+        for case in cases
+    ]
+    return marked, [str(CaseError(name, text, places[name])) for name, text in problem.items()]
+
+
 def _with_safe_ids(cases: Sequence[FoundCase]) -> tuple[list[FoundCase], list[str]]:
     """Cases with IDs that can be file names; the notes say which were changed."""
-    counts = Counter(case.case_id for case in cases)
-    repeated = [case_id for case_id, count in counts.items() if count > 1]
-    if repeated:
-        places = {name: some(case.place for case in cases if case.case_id == name) for name in repeated}
-        raise DataError(
-            [f"case {name}: {counts[name]} cases have this ID, expected one ({places[name]})" for name in places]
-        )
-    ids = _safe_names(counts)
+    ids = _safe_names(case.case_id for case in cases)
     patients = _safe_names(case.patient for case in cases)
     changed = [f"{case_id!r} is {safe}" for case_id, safe in ids.items() if safe != case_id]
     notes = [f"IDs that are no safe file names were changed: {some(changed, 20)}."] if changed else []

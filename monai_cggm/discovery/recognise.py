@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from monai_cggm.data.layouts import LABEL, patient_of
-from monai_cggm.discovery.found import Draft, FoundCase, Source, stem_of
+from monai_cggm.discovery.found import Draft, FoundCase, Source, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
     Vocabulary,
@@ -62,6 +62,7 @@ def recognise(
     vocabulary: Vocabulary,
     patterns: Mapping[str, str] | None = None,
     label_pattern: str | None = None,
+    only: bool = False,
     wanted: Collection[str] = (),
     need_label: bool = True,
 ) -> Draft:
@@ -76,8 +77,9 @@ def recognise(
         root: the folder.
         vocabulary: words that name keys.
         patterns: modality -> pattern of file names (of paths below ``root``, where it holds a ``/``), in any letter
-            case; then nothing else is a modality.
+            case; then nothing else is that modality.
         label_pattern: the like for the label; then nothing else is the label.
+        only: whether what no pattern fits is no modality.
         wanted: the modalities of interest, where these are not all.
         need_label: whether to look for a label that no name tells.
 
@@ -92,9 +94,9 @@ def recognise(
     for words in names[1:]:
         constant &= Counter(words)
     chosen = {**(patterns or {}), **({LABEL: label_pattern} if label_pattern else {})}
-    named = [_name(volume, root, vocabulary, constant, chosen, only=bool(patterns)) for volume in volumes]
+    named = [_name(volume, root, vocabulary, constant, chosen, only=only) for volume in volumes]
     notes: list[str] = []
-    named = _settle_strangers(named, notes, need_label=need_label, modalities=not patterns)
+    named = _settle_strangers(named, notes, need_label=need_label, modalities=not only)
     labels_told = sum(item.key == LABEL for item in named)
     if labels_told and not label_pattern:
         named = _settle_labels(named, notes)
@@ -107,18 +109,15 @@ def recognise(
     if wanted:
         named = [item if item.key in {*wanted, LABEL} else replace(item, key=None) for item in named]
     kept = [item for item in named if item.key not in (None, IGNORED)]
-    notes += _notes_on(named, chosen)
+    notes += _notes_on(named, chosen, only=only)
     groups, layout = _cases(kept, root, notes)
     if layout == "folders":
         ids, more = _folder_ids(list(groups))
     else:
         ids, more = _file_ids(list(groups)), []
-    cases = []
-    for place, items in groups.items():
-        case, found = _case(*ids[place], items, root)
-        cases.append(case)
-        problems += found
-    modalities = tuple(patterns) if patterns else tuple(sorted({k for case in cases for k in case.images}))
+    cases = [_case(*ids[place], items, root) for place, items in groups.items()]
+    found = {key for case in cases for key in case.images}
+    modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
     return Draft(layout, cases, modalities, notes=[*notes, *more], problems=problems)
 
 
@@ -137,6 +136,8 @@ def _name(
     if fitting:
         literal = set(words_of(" ".join(patterns[key] for key in fitting)))
         used = frozenset(index for index, word in enumerate(words_of(name)) if word in literal)
+        named, own, _ = key_of(name, vocabulary, constant)
+        used |= own if named == fitting[0] else frozenset()  # p01_T2_reg, for t2=*_reg.nii.gz
         key, doubts = (fitting[0], ()) if len(fitting) == 1 else (None, tuple(fitting))
         return _Named(source, key, name, used, patterns[fitting[0]], _folders(parts, vocabulary), doubts)
     key, used, doubts = key_of(name, vocabulary, constant)
@@ -150,7 +151,7 @@ def _name(
     if key is None and not doubts and source.kind == "dicom":
         key = key_of_description(series_description(source.path), vocabulary)
         words = "the series' description"
-    if (only and key != LABEL) or (LABEL in patterns and key == LABEL):
+    if key in patterns or set(doubts) & set(patterns) or (only and key != LABEL):
         key, doubts = None, ()
     return _Named(source, key, name, used, words, _folders(parts, vocabulary), doubts)
 
@@ -237,7 +238,7 @@ def _settle_labels(named: list[_Named], notes: list[str]) -> list[_Named]:
     return [replace(item, key=IGNORED) if id(item) in dropped else item for item in named]
 
 
-def _notes_on(named: Sequence[_Named], patterns: Mapping[str, str]) -> list[str]:
+def _notes_on(named: Sequence[_Named], patterns: Mapping[str, str], *, only: bool) -> list[str]:
     by_key: dict[str, Counter[str]] = defaultdict(Counter)
     for item in named:
         if item.key not in (None, IGNORED):
@@ -251,7 +252,8 @@ def _notes_on(named: Sequence[_Named], patterns: Mapping[str, str]) -> list[str]
     ]
     strangers = [item.source.path.name for item in named if item.key in (None, IGNORED) and not item.doubts]
     if strangers:
-        notes.append(f"Ignored: {len(strangers)} volumes that are no modality by name: {some(strangers)}.")
+        by = "pattern" if only else "name"
+        notes.append(f"Ignored: {len(strangers)} volumes that are no modality by {by}: {some(strangers)}.")
     return notes
 
 
@@ -268,9 +270,10 @@ def _cases(items: Sequence[_Named], root: Path, notes: list[str]) -> tuple[dict[
         groups: dict[str, list[_Named]] = defaultdict(list)
         for item in members:
             groups[flat_ids[id(item)]].append(item)
+        groups = _with_versions(groups, place)
         paired = sum(len({item.key for item in group}) > 1 for name, group in groups.items() if name)
         distinct = len({item.key for item in members}) == len(members)
-        side_by_side = paired * 2 >= len(groups) and not distinct
+        side_by_side = len(groups) > 1 and paired * 2 >= len(groups) and not distinct
         if place and not side_by_side:
             folders[place] = members
         elif len(buckets) == 1 and distinct and paired != len(groups):
@@ -291,6 +294,28 @@ def _cases(items: Sequence[_Named], root: Path, notes: list[str]) -> tuple[dict[
     if strays:
         notes.append(f"Ignored: {len(strays)} volumes that are in no case: {some(i.source.path.name for i in strays)}.")
     return (folders, "folders") if folders else (flat, "files")
+
+
+def _with_versions(groups: Mapping[str, list[_Named]], place: Sequence[str]) -> dict[str, list[_Named]]:
+    """Groups of files by ID, where other versions of a case's files (``p01_T2_reg`` beside ``p01_T2``) are that case's.
+
+    They are told from another case (``p01_2_T2``, or ``p01_T1_2``, ``p01_T2_2`` and ``p01_seg_2``) by what they lack,
+    and by the ID standing alone in front of the modality's name or, for one file, being the folder's name.
+    """
+    keys = {name: {item.key for item in items} for name, items in groups.items()}
+    bases: dict[str, str] = {}
+    for name, items in groups.items():
+        in_front = {tuple(words_of(item.name)[: min(item.used, default=0)]) for item in items}
+        for other in groups:
+            lacks = len(keys[name]) < len(keys[other]) or LABEL in keys[other] - keys[name]
+            versions = in_front == {tuple(words_of(other))} and lacks
+            one_more = len(keys[name]) == 1 and place[-1:] == (other,)
+            if other not in ("", name) and (versions or one_more):
+                bases[name] = other
+    joined: dict[str, list[_Named]] = defaultdict(list)
+    for name, items in groups.items():
+        joined[bases.get(name, name)] += items
+    return joined
 
 
 def _flat_ids(items: Sequence[_Named]) -> dict[int, str]:
@@ -345,20 +370,11 @@ def _folder_ids(
     return ids, []
 
 
-def _case(case_id: str, patient: str, items: Sequence[_Named], root: Path) -> tuple[FoundCase, list[str]]:
-    by_key: dict[str, list[_Named]] = defaultdict(list)
+def _case(case_id: str, patient: str, items: Sequence[_Named], root: Path) -> FoundCase:
+    by_key: dict[str, list[Source]] = defaultdict(list)
     for item in items:
-        by_key[str(item.key)].append(item)
-    problems = []
-    for key, rivals in by_key.items():
-        if len(rivals) > 1:
-            first = stem_of(rivals[0].source)
-            problems.append(
-                f"case {case_id}: {len(rivals)} files may be {key}: "
-                f"{some(item.source.path.relative_to(root) for item in rivals)}; choose with a pattern for {key}, "
-                f"such as *{first[-24:]}*"
-            )
-    images = {key: by_key[key][0].source for key in sorted(by_key) if key != LABEL}
-    label = by_key[LABEL][0].source if LABEL in by_key else None
-    place = items[0].source.path.parent
-    return FoundCase(case_id, patient, images, label, place=str(place)), problems
+        by_key[str(item.key)].append(item.source)
+    images = {key: by_key[key][0] for key in sorted(by_key) if key != LABEL}
+    label = by_key[LABEL][0] if LABEL in by_key else None
+    problems = rival_problems(by_key, root, case_id)
+    return FoundCase(case_id, patient, images, label, place=str(items[0].source.path.parent), problems=problems)

@@ -69,6 +69,16 @@ def read_volumes(source: Source) -> tuple[np.ndarray, Grid]:
     return array.reshape((*grid.shape, grid.channels)), grid
 
 
+def files_of(source: Source) -> list[Path]:
+    """The files that a source's voxels are in, sorted: the slices of a DICOM series, a header and what is beside it."""
+    path = source.path
+    if path.is_dir():
+        return sorted(path.iterdir())
+    # An .mhd or .nhdr file has its voxels in another one beside it.
+    detached = path.suffix.lower() in (".mhd", ".nhdr")
+    return sorted(file for file in path.parent.iterdir() if file.stem == path.stem) if detached else [path]
+
+
 def is_plain(source: Source) -> bool:
     """Whether a source is a 3-D NIfTI file, which needs no conversion."""
     return source.kind == "nifti" and source.channel is None and len(nib.load(source.path).shape) == 3
@@ -92,6 +102,17 @@ def has_few_integers(source: Source, most: int = 32) -> bool:
     except ValueError:
         return False
     return 1 < len(values) <= most and bool(np.all(np.isfinite(values))) and bool(np.all(values == np.abs(values // 1)))
+
+
+def itk_image(array: np.ndarray, grid: Grid) -> sitk.Image:
+    """An ITK image of one volume, whose array has the axes X, Y, Z."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    affine = _LPS_TO_RAS @ grid.affine  # its own inverse
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return image
 
 
 def _guarded(read: Callable[[], T]) -> T:
@@ -143,7 +164,13 @@ def _header(path: Path | str) -> Any:
     return reader
 
 
-def _affine(spacing: Sequence[float], origin: Sequence[float], direction: np.ndarray) -> np.ndarray:
+def itk_affine(spacing: Sequence[float], origin: Sequence[float], direction: np.ndarray) -> np.ndarray:
+    """NIfTI's affine of an ITK image; of more than three axes, the first three count.
+
+    Example:
+        >>> itk_affine((1.0, 2.0, 3.0), (5.0, 6.0, 7.0), np.eye(3)).tolist()
+        [[-1.0, 0.0, 0.0, -5.0], [0.0, -2.0, 0.0, -6.0], [0.0, 0.0, 3.0, 7.0], [0.0, 0.0, 0.0, 1.0]]
+    """
     affine = np.eye(4)
     affine[:3, :3] = direction[:3, :3] * np.asarray(spacing[:3])
     affine[:3, 3] = origin[:3]
@@ -159,7 +186,7 @@ def _image_grid(path: Path) -> Grid:
         raise ValueError(f"has shape {format_shape(size)}, expected three axes, or four with channels")
     direction = np.array(header.GetDirection()).reshape(axes, axes)
     channels = size[3] if axes == 4 else header.GetNumberOfComponents()
-    return _checked(size[:3], _affine(header.GetSpacing(), header.GetOrigin(), direction), channels)
+    return _checked(size[:3], itk_affine(header.GetSpacing(), header.GetOrigin(), direction), channels)
 
 
 def _image_voxels(path: Path) -> np.ndarray:
@@ -213,7 +240,7 @@ def _dicom_grid(folder: Path) -> Grid:
     direction[:, 2] *= np.sign(step)
     spacing = (*headers[0].GetSpacing()[:2], abs(float(along.mean())))
     channels = headers[0].GetNumberOfComponents()
-    return _checked((*shapes.pop(), len(files)), _affine(spacing, origins[0], direction), channels)
+    return _checked((*shapes.pop(), len(files)), itk_affine(spacing, origins[0], direction), channels)
 
 
 def _dicom_voxels(folder: Path) -> np.ndarray:

@@ -271,8 +271,12 @@ def test_patterns_choose(tmp_path: Path) -> None:
     for case in ("a", "b"):
         for name in ("T1_raw", "T1_n4", "x_FLAIR", "rater1_mask", "rater2_mask"):
             touch(tmp_path / case / f"{name}.nii.gz")
-    assert "2 files may be t1: a/T1_n4.nii.gz, a/T1_raw.nii.gz; choose with a pattern" in problem(tmp_path)
-    assert "2 files may be label: a/rater1_mask.nii.gz, a/rater2_mask.nii.gz" in problem(tmp_path)
+    text = problem(tmp_path)
+    assert (
+        "case a: 2 files may be t1, expected one (a/T1_n4.nii.gz, a/T1_raw.nii.gz; choose with --modality "
+        '"t1=T1_n4.nii.gz", for example)'
+    ) in text
+    assert "2 files may be label, expected one (a/rater1_mask.nii.gz, a/rater2_mask.nii.gz; choose with --label" in text
     found = discover(tmp_path, patterns={"t1": "*_N4*", "flair": "*/x_*"}, label_pattern="rater2*")
     assert found.modalities == ("t1", "flair")
     assert names(found)["a"] == {
@@ -464,7 +468,10 @@ def test_bids(tmp_path: Path) -> None:
     }
     touch(tmp_path / "sub-02/anat/sub-02_run-2_FLAIR.nii.gz")
     text = problem(tmp_path)
-    assert "case sub-02: 2 files may be flair: sub-02/anat/sub-02_FLAIR.nii.gz, sub-02/anat/sub-02_run-2_FLAIR" in text
+    assert (
+        "case sub-02: 2 files may be flair, expected one (sub-02/anat/sub-02_FLAIR.nii.gz, "
+        'sub-02/anat/sub-02_run-2_FLAIR.nii.gz; choose with --modality "flair=*_run-2_FLAIR.nii.gz", for example)'
+    ) in text
     patterns = {"t1": "derivatives/bet/*_desc-preproc_T1w*", "flair": "*sub-0[12]*_FLAIR*"}
     assert "2 files may be flair" in problem(tmp_path, patterns=patterns)
     patterns["flair"] = "*[!2]_FLAIR*"
@@ -485,7 +492,7 @@ def test_datalist(tmp_path: Path) -> None:
     assert one.images["adc"].kind == "image"
     path.write_text(json.dumps({"training": [{"t2": "d/none.nii.gz"}, 3, {"case": 1, "t2": "d/m.nii.gz"}, {"a": "b"}]}))
     text = problem(path)
-    assert "training[0]: d/none.nii.gz is not there" in text
+    assert f"case none: t2, of training[0], is not there ({tmp_path / 'd/none.nii.gz'})" in text
     assert "training[1]: is int, expected an object" in text
     assert "training[2]: 'case' is 1, expected a string" in text
     assert "training[3]: has keys a, expected one path a modality" in text
@@ -619,3 +626,132 @@ def test_brats_is_found_as_by_the_reader_of_brats(real_data: Path) -> None:
     assert [(c.case_id, c.patient) for c in found.cases] == [(c.case_id, c.patient) for c in known]
     for one, other in zip(found.cases, known, strict=True):
         assert {key: source.path for key, source in one.sources().items()} == {**other.images, "label": other.label}
+
+
+# ---------------------------------------------------------------------- two files for one name
+
+REG, SEG2 = "_T2_reg.nii.gz", "_seg_v2.nii.gz"
+WHOLE = ("_T1.nii.gz", "_T2.nii.gz", "_seg.nii.gz")
+
+
+def rivals(first: str, second: str, advice: str, key: str = "t2") -> str:
+    """The sentence, without the folder that files may be in."""
+    return f"case p01: 2 files may be {key}, expected one ({first}, {second}; choose with {advice}, for example)"
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ([f"p01{REG}"], rivals("p01_T2.nii.gz", f"p01{REG}", '--modality "t2=*_T2.nii.gz"')),
+        ([f"p01{SEG2}"], rivals("p01_seg.nii.gz", f"p01{SEG2}", '--label "*_seg.nii.gz"', "label")),
+    ],
+)
+def test_two_files_whose_names_hold_the_id(tmp_path: Path, flat: bool, more: list[str], sentence: str) -> None:
+    """One sentence, neither two layouts nor a case p01_reg."""
+    for name in [f"{case}{end}" for case in ("p01", "p02") for end in WHOLE] + more:
+        touch(tmp_path / ("" if flat else name[:3]) / name)
+    assert problem(tmp_path).replace("p01/", "") == sentence
+
+
+def test_two_files_of_one_case_alone(tmp_path: Path) -> None:
+    """Also in a folder that has another name, with two versions and no plain file, and with the ID behind a letter."""
+    touch(*(tmp_path / "one" / f"p01{end}" for end in (*WHOLE, REG)))
+    assert problem(tmp_path / "one") == rivals("p01_T2.nii.gz", f"p01{REG}", '--modality "t2=*_T2.nii.gz"')
+    for folder, case in (("x", "p01"), ("y", "p02")):
+        touch(*(tmp_path / "two" / folder / f"{case}{end}" for end in ("_T1.nii.gz", "_T2_n4.nii.gz", "_seg.nii.gz")))
+    touch(tmp_path / "two" / "x" / f"p01{REG}")
+    expected = f'case x: 2 files may be t2, expected one (x/p01_T2_n4.nii.gz, x/p01{REG}; choose with --modality "t2=*_'
+    assert problem(tmp_path / "two").startswith(expected)
+    touch(*(tmp_path / "three" / case / f"{case}{end}" for case in ("p01", "p02") for end in WHOLE))
+    touch(tmp_path / "three/p01/rp01_T2.nii.gz")
+    assert '(p01/p01_T2.nii.gz, p01/rp01_T2.nii.gz; choose with --modality "t2=r*_T2.nii.gz"' in problem(
+        tmp_path / "three"
+    )
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_pattern_that_was_advised_chooses(tmp_path: Path, flat: bool) -> None:
+    for name in [f"{case}{end}" for case in ("p01", "p02") for end in (*WHOLE, "_FLAIR.nii.gz")] + [f"p01{REG}"]:
+        touch(tmp_path / ("" if flat else name[:3]) / name)
+    found = discover(tmp_path, patterns={"t2": "*_T2.nii.gz"})
+    assert found.modalities == ("flair", "t1", "t2")  # the others by their names
+    assert [case.case_id for case in found.cases] == ["p01", "p02"]
+    assert names(found)["p01"]["t2"].endswith("p01_T2.nii.gz")
+    assert any("Ignored: 1 volumes" in note and REG in note for note in found.notes)
+    several = {"t2": "*_T2.nii.gz", "t1": "*_T1.nii.gz"}
+    assert discover(tmp_path, patterns=several).modalities == ("t2", "t1")  # only these
+    assert discover(tmp_path, patterns=several, modalities=["flair", "t2"]).modalities == ("flair", "t2")
+    assert "t2 is missing in 1 of 2 cases: p02" in problem(tmp_path, patterns={"t2": "*_reg.nii.gz"})
+    assert "t2 is in no case of" in problem(tmp_path, patterns={"t2": "*_none.nii.gz"})
+
+
+def test_several_modalities_with_two_files(tmp_path: Path) -> None:
+    """Patterns for some modalities need the names of all, or the others would be left out."""
+    for case in ("p01", "p02"):
+        touch(*(tmp_path / f"{case}_{name}.nii.gz" for name in ("T1", "T1_n4", "T2", "T2_n4", "FLAIR", "seg")))
+    advice = '--modality "t1=*_T1.nii.gz" --modalities flair,t1,t2, for example'
+    assert advice in problem(tmp_path)
+
+
+def test_time_points_are_no_versions(tmp_path: Path) -> None:
+    for name in ("p1_T1", "p1_T2", "p1_seg", "p1_2_T1", "p1_2_seg", "q_T1", "q_T2", "q_seg", "q_T1_2", "q_T2_2"):
+        touch(tmp_path / f"{name}.nii.gz")
+    touch(tmp_path / "q_seg_2.nii.gz")
+    assert sorted(names(discover(tmp_path, allow_missing=True))) == ["p1", "p1_2", "q", "q_2"]
+
+
+def test_a_pattern_in_bids(tmp_path: Path) -> None:
+    for case in ("sub-01", "sub-02"):
+        touch(*(tmp_path / case / "anat" / f"{case}_{name}.nii.gz" for name in ("FLAIR", "run-2_FLAIR", "T1w", "dseg")))
+    found = discover(tmp_path, patterns={"flair": "*_run-2_FLAIR.nii.gz"})
+    assert found.modalities == ("flair", "t1")
+    assert names(found)["sub-02"]["flair"] == "sub-02/anat/sub-02_run-2_FLAIR.nii.gz"
+    assert "Files: flair 2, t1 2, label 2." in found.notes
+
+
+def test_a_bids_label_of_no_image_is_told(tmp_path: Path) -> None:
+    """Its name lacks the session of the images."""
+    for suffix in ("FLAIR", "T1w"):
+        touch(tmp_path / f"sub-01/ses-a/anat/sub-01_ses-a_{suffix}.nii.gz")
+    touch(tmp_path / "derivatives/manual/sub-01/anat/sub-01_dseg.nii.gz")
+    notes = discover(tmp_path, need_label=False).notes
+    assert "Ignored: 1 labels of no image, by subject and session: sub-01_dseg.nii.gz." in notes
+
+
+# ---------------------------------------------------------------------- cases that the caller judges
+
+
+def test_bad_cases_are_kept_for_callers_that_go_on_without_them(tmp_path: Path) -> None:
+    touch(*(tmp_path / case / f"{name}.nii.gz" for case in ("a", "b") for name in ("ct", "pet", "seg")))
+    touch(tmp_path / "a/pet_n4.nii.gz", tmp_path / "c/ct.nii.gz")
+    found = discover(tmp_path, keep_bad=True)
+    assert [len(case.problems) for case in found.cases] == [1, 0, 0]
+    assert str(found.cases[0].errors()[0]).startswith("case a: 2 files may be pet, expected one (a/pet.nii.gz, ")
+    assert [sorted(case.sources()) for case in found.cases[1:]] == [["ct", "label", "pet"], ["ct"]]
+    assert discover(tmp_path, modalities=["ct"], keep_bad=True).modalities == ("ct",)
+    assert discover(tmp_path, modalities=["ct", "mr"], keep_bad=True).modalities == ("ct", "mr")
+    assert "no mr in" in problem(tmp_path, modalities=["mr"], keep_bad=True)
+    entry = {"case": "p", "ct": "a/ct.nii.gz", "pet": "a/none.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry, entry]}))
+    for case in discover(tmp_path / "list.json", keep_bad=True).cases:
+        assert [text for text, _ in case.problems][1] == "2 cases have this ID, expected one"
+
+
+def test_cases_to_predict(tmp_path: Path) -> None:
+    touch(*(tmp_path / case / f"{name}.nii.gz" for case in ("a", "b") for name in ("flair", "seg")))
+    text = problem(tmp_path, need_label=False)
+    assert "has one modality only (flair)" in text
+    found = discover(tmp_path, need_label=False, allow_missing=True).to_predict()
+    assert [(case.label, case.section) for case in found.cases] == [(None, "test")] * 2
+
+
+def test_a_datalist_names_its_label_values_and_has_no_modality_mask(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{name}.nii.gz" for name in ("ct", "pet", "mask", "seg", "p7_ct")))
+    files = {key: f"{name}.nii.gz" for key, name in (("ct", "ct"), ("pet", "pet"), ("mask", "mask"), ("label", "seg"))}
+    content = {"labels": {"0": "background", "1": "$node"}, "training": [{"case": "p", **files}]}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    found = discover(tmp_path / "list.json")
+    assert (found.modalities, found.label_names) == (("ct", "pet"), {0: "background", 1: "node"})
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"ct": "p7_ct.nii.gz"}]}))
+    assert discover(tmp_path / "list.json", keep_bad=True).cases[0].case_id == "p7"
