@@ -58,7 +58,11 @@ Workers = Annotated[int, typer.Option(min=1, help="Cases read at a time.")]
 Data = Annotated[Path, typer.Option(help="Folder of cases, in any layout that is known, or a datalist .json.")]
 ModalityFiles = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=PATTERN", help="Files of a modality, such as flair=*_FLAIR*.nii.gz; once for each."),
+    typer.Option(
+        metavar="NAME=PATTERN",
+        help="Files of a modality, such as flair=*_FLAIR*.nii.gz. One alone: the others by their names. Several: only "
+        "these, in this order.",
+    ),
 ]
 LabelFiles = Annotated[str | None, typer.Option(metavar="PATTERN", help="Files of the labels, such as *_mask*.")]
 FoundModalities = Annotated[
@@ -250,10 +254,15 @@ def prepare_food101(
 @app.command()
 @_reports_errors
 def align(
-    source: Source,
+    source: Annotated[Path, typer.Argument(help="Folder of cases, in any layout that is known, or a datalist .json.")],
     out: Annotated[Path, typer.Argument(help="Folder to make, outside the data; what is finished in it is kept.")],
     reference: Annotated[str, typer.Option(help="Sequence on whose grid the others are resampled.")],
-    modalities: Modalities = MODALITIES,
+    modality: ModalityFiles = None,
+    label: LabelFiles = None,
+    modalities: FoundModalities = None,
+    no_labels: Annotated[
+        bool, typer.Option("--no-labels", help="Look for no segmentation that no name tells (new cases to predict).")
+    ] = False,
     labels: Labels = None,
     register: Annotated[
         bool, typer.Option("--register", help="Find a rigid transform to the reference for each other sequence.")
@@ -280,34 +289,47 @@ def align(
 ) -> None:
     """Put the sequences of each case on one grid, with --register after finding out how the patient moved.
 
-    It goes on where it was stopped. OUT/report.html shows the sequences over the reference.
+    Layouts and formats are those of monai-cggm new-bundle, which reads OUT/datalist.json. It goes on where it was
+    stopped. OUT/report.html shows the sequences over the reference.
 
     \b
     Examples:
       monai-cggm align my_cases aligned --reference flair
       monai-cggm align my_cases aligned --reference t1ce --register --n4 --spacing 1,1,1
-      monai-cggm align pet_ct aligned --reference ct --modalities ct,pet --mask body --labels brats2018
+      monai-cggm align pet_ct aligned --reference ct --mask body
+      monai-cggm align Dataset501_Neck aligned --reference ct
     """  # noqa: D301
     from monai_cggm.alignment import AlignSettings
     from monai_cggm.alignment import align as align_cases
     from monai_cggm.alignment.settings import REPORT
+    from monai_cggm.discovery import discover
+    from monai_cggm.discovery.names import modality_of
 
-    names = tuple(_names(modalities))
-    some = None if n4_on is None else tuple(name.strip() for name in n4_on.split(","))
+    found = discover(
+        source,
+        patterns=_patterns(modality),
+        label_pattern=label,
+        modalities=_names(modalities) if modalities else None,
+        need_label=not no_labels,
+        keep_bad=True,
+    )
+    some = None if n4_on is None else tuple(modality_of(name.strip()) for name in n4_on.split(","))
     settings = AlignSettings(
-        reference=reference,
-        modalities=names,
+        reference=modality_of(reference),
+        modalities=found.modalities,
         register=register,
-        n4=some or (names if n4 else ()),
+        n4=some or (found.modalities if n4 else ()),
         mask=mask,
         apply_mask=apply_mask,
         spacing=None if spacing is None else _three(_numbers(spacing, float, "--spacing")),
         label_interpolation=label_interpolation,
-        label_on=label_on,
-        fill=_fills(fill),
+        label_on=None if label_on is None else modality_of(label_on),
+        fill={modality_of(name): value for name, value in _fills(fill).items()},
     )
+    for note in found.notes:
+        typer.echo(note)
     try:
-        done = align_cases(source, out, settings, labels=labels, workers=workers, console=_console(stderr=True))
+        done = align_cases(found, out, settings, labels=labels, workers=workers, console=_console(stderr=True))
     except KeyboardInterrupt:
         typer.echo(f"Stopped. What is finished is in {out}; the same command goes on.", err=True)
         raise typer.Exit(130) from None
@@ -416,6 +438,59 @@ def new_bundle(
     study, datalist = (shlex.quote(str(out / name)) for name in ("study.yaml", "datalist.json"))
     typer.echo(f"  monai-cggm compare {study} --data {datalist} --out comparison")
     typer.echo(f"  cd {shlex.quote(str(out))} && python -m monai.bundle run --config_file configs/train.yaml")
+
+
+@app.command()
+@_reports_errors
+def datalist(
+    out: Annotated[Path, typer.Argument(help="Folder to make, outside the data.")],
+    data: Data,
+    no_labels: Annotated[
+        bool, typer.Option("--no-labels", help="List new cases to predict: segmentations are not needed, and left out.")
+    ] = False,
+    modality: ModalityFiles = None,
+    label: LabelFiles = None,
+    modalities: FoundModalities = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Cases may lack modalities.")] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy all volumes, so that no name of a file comes along.")
+    ] = False,
+    workers: Workers = WORKERS,
+) -> None:
+    """Look at a folder of cases, say what it is, and list it for what reads no other layout: inference, check, split.
+
+    Layouts and formats are those of monai-cggm new-bundle. OUT/datalist.json has one path a modality; what is no plain
+    3-D NIfTI becomes NIfTI in OUT/volumes. Volumes of a case must lie on one grid: see monai-cggm align.
+
+    \b
+    Examples:
+      monai-cggm datalist new_list --data new_patients --no-labels
+      monai-cggm datalist new_list --data dicom_export --no-labels --modalities flair,t1 --allow-missing
+      monai-cggm datalist ms_list --data ms_bids
+    """  # noqa: D301
+    from monai_cggm.discovery import discover, survey_cases, write_datalist
+    from monai_cggm.discovery.convert import DATALIST, refuse_folder
+
+    found = discover(
+        data,
+        patterns=_patterns(modality),
+        label_pattern=label,
+        modalities=_names(modalities) if modalities else None,
+        need_label=not no_labels,
+        allow_missing=allow_missing,
+    )
+    for note in found.notes:
+        typer.echo(note)
+    if no_labels:
+        found = found.to_predict()
+    refuse_folder(out.absolute(), found)
+    survey_cases(found, workers=workers)
+    items = write_datalist(found, out, copy=copy, workers=workers)
+    typer.echo(f"{out / DATALIST}: {len(items)} cases with {', '.join(found.modalities)}")
+    if no_labels:
+        listed = shlex.quote(str((out / DATALIST).absolute()))
+        typer.echo("To segment them, in a bundle that was trained on these modalities:")
+        typer.echo(f"  python -m monai.bundle run --config_file configs/inference.yaml --dataset_dir {listed}")
 
 
 @app.command("to-nnunet")

@@ -24,7 +24,9 @@ from monai_cggm.alignment.registration import Move, registered
 from monai_cggm.alignment.report import write_picture
 from monai_cggm.alignment.settings import OVERLAY, RECORD, AlignSettings
 from monai_cggm.data.checks import image_problem
-from monai_cggm.data.layouts import LABEL, Case
+from monai_cggm.data.layouts import LABEL
+from monai_cggm.discovery.found import FoundCase, Source
+from monai_cggm.discovery.sources import files_of
 from monai_cggm.errors import CaseError
 
 _FORMAT = 1
@@ -36,7 +38,7 @@ _N4_SHRINK = 4
 _N4_FEWEST = 8
 
 
-def align_case(case: Case, out: Path, settings: AlignSettings) -> None:
+def align_case(case: FoundCase, out: Path, settings: AlignSettings) -> None:
     """Align one case and write its folder; the part of :func:`align` that a worker does.
 
     It is built in a hidden folder, which then takes the place of an older one; files of that one which are not this
@@ -56,7 +58,7 @@ def align_case(case: Case, out: Path, settings: AlignSettings) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def case_problems(case: Case, settings: AlignSettings, out: Path) -> list[CaseError]:
+def case_problems(case: FoundCase, settings: AlignSettings, out: Path) -> list[CaseError]:
     """What headers and the label tell about a case before any long work."""
     errors: list[CaseError] = []
     final = out / case.case_id
@@ -66,18 +68,18 @@ def case_problems(case: Case, settings: AlignSettings, out: Path) -> list[CaseEr
     if settings.reference not in case.images:
         found = ", ".join(case.images) or "none"
         message = f"has no {settings.reference}, which is the reference: found {found}"
-        return [*errors, CaseError(case.case_id, message, case.folder)]
+        return [*errors, CaseError(case.case_id, message, case.place)]
     if case.label is not None and settings.drawn_on not in case.images:
         message = f"has no {settings.drawn_on}, on which its label was drawn: found {', '.join(case.images)}"
-        errors.append(CaseError(case.case_id, message, case.folder))
+        errors.append(CaseError(case.case_id, message, case.place))
     boxes: dict[str, NDArray[np.float64]] = {}
-    for key, path in files_of(case).items():
+    for key, source in case.sources().items():
         try:
-            boxes[key] = box_of(read_header(path))
+            boxes[key] = box_of(read_header(source))
             if key == LABEL:
-                read_label(path)
+                read_label(source)
         except ValueError as error:
-            errors.append(CaseError(case.case_id, f"{key} {error}", path))
+            errors.append(CaseError(case.case_id, f"{key} {error}", source.path))
     for key, box in boxes.items():
         reference = boxes.get(settings.reference)
         if reference is not None and (np.maximum(box[0], reference[0]) >= np.minimum(box[1], reference[1])).any():
@@ -85,11 +87,11 @@ def case_problems(case: Case, settings: AlignSettings, out: Path) -> list[CaseEr
                 f"{key} and {settings.reference} lie apart in space: {key} spans {span_text(box)}, "
                 f"expected an overlap with {span_text(reference)}"
             )
-            errors.append(CaseError(case.case_id, message, files_of(case)[key]))
+            errors.append(CaseError(case.case_id, message, case.sources()[key].path))
     return errors
 
 
-def _build(case: Case, part: Path, settings: AlignSettings) -> None:
+def _build(case: FoundCase, part: Path, settings: AlignSettings) -> None:
     inputs = _inputs(case)
     images = {name: _read_image(case, name, settings) for name in case.images}
     fills = {name: _fill_value(case, name, image, settings) for name, image in images.items()}
@@ -106,7 +108,8 @@ def _build(case: Case, part: Path, settings: AlignSettings) -> None:
     covered = {name: covered_share(image, grid, moves[name].transform) for name, image in images.items()}
     for name, share in covered.items():
         if share == 0:
-            raise CaseError(case.case_id, f"{name} covers no voxel of {settings.reference}'s grid", case.images[name])
+            message = f"{name} covers no voxel of {settings.reference}'s grid"
+            raise CaseError(case.case_id, message, case.images[name].path)
     write_picture(images, aligned, moves, settings, part)
     outputs = dict(aligned)
     notes: list[str] = []
@@ -144,26 +147,26 @@ def _build(case: Case, part: Path, settings: AlignSettings) -> None:
     (part / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_image(case: Case, name: str, settings: AlignSettings) -> sitk.Image:
-    path = case.images[name]
+def _read_image(case: FoundCase, name: str, settings: AlignSettings) -> sitk.Image:
+    source = case.images[name]
     try:
-        image = read_image(path)
+        image = read_image(source)
     except ValueError as error:
-        raise CaseError(case.case_id, f"{name} {error}", path) from error
+        raise CaseError(case.case_id, f"{name} {error}", source.path) from error
     problem = image_problem(sitk.GetArrayViewFromImage(image))
     if problem is not None:
-        raise CaseError(case.case_id, f"{name} {problem}", path)
+        raise CaseError(case.case_id, f"{name} {problem}", source.path)
     return image
 
 
-def _case_label(case: Case, path: Path) -> sitk.Image:
+def _case_label(case: FoundCase, source: Source) -> sitk.Image:
     try:
-        return read_label(path)
+        return read_label(source)
     except ValueError as error:
-        raise CaseError(case.case_id, f"{LABEL} {error}", path) from error
+        raise CaseError(case.case_id, f"{LABEL} {error}", source.path) from error
 
 
-def _fill_value(case: Case, name: str, image: sitk.Image, settings: AlignSettings) -> float:
+def _fill_value(case: FoundCase, name: str, image: sitk.Image, settings: AlignSettings) -> float:
     voxels = sitk.GetArrayViewFromImage(image)
     value = float(settings.fill.get(name, voxels.min()))
     if (
@@ -171,17 +174,17 @@ def _fill_value(case: Case, name: str, image: sitk.Image, settings: AlignSetting
         and voxels.dtype.type(np.clip(value, *pixel_limits(voxels.dtype))) != value
     ):
         message = f"{name} holds {voxels.dtype} voxels, which cannot be the fill value {value:g}"
-        raise CaseError(case.case_id, message, case.images[name])
+        raise CaseError(case.case_id, message, case.images[name].path)
     return value
 
 
-def _bias_corrected(case: Case, name: str, image: sitk.Image) -> sitk.Image:
+def _bias_corrected(case: FoundCase, name: str, image: sitk.Image) -> sitk.Image:
     """Divide an MR image by the slow field that N4 finds inside Otsu's mask, on a coarser grid; float32."""
     real = sitk.Cast(image, sitk.sitkFloat32)
     low = float(sitk.GetArrayViewFromImage(real).min())
     if low < 0:
         message = f"{name} has values down to {low:g}, expected 0 or more: N4 takes their logarithm, and is for MR"
-        raise CaseError(case.case_id, message, case.images[name])
+        raise CaseError(case.case_id, message, case.images[name].path)
     mask = sitk.OtsuThreshold(real, 0, 1, 200)
     # An axis of few thick slices keeps enough of them for the field's splines.
     factors = [max(1, min(_N4_SHRINK, size // _N4_FEWEST)) for size in real.GetSize()]
@@ -191,16 +194,18 @@ def _bias_corrected(case: Case, name: str, image: sitk.Image) -> sitk.Image:
     return sitk.Cast(real / sitk.Exp(corrector.GetLogBiasFieldAsImage(real)), sitk.sitkFloat32)
 
 
-def files_of(case: Case) -> dict[str, Path]:
-    """All files of a case by key, the label last."""
-    return {**case.images, **({LABEL: case.label} if case.label is not None else {})}
-
-
-def _inputs(case: Case) -> dict[str, dict[str, int]]:
+def _inputs(case: FoundCase) -> dict[str, dict[str, int]]:
     """Size and time of change of each input. No names: they may be a patient's."""
+    return {key: _state(source) for key, source in case.sources().items()}
+
+
+def _state(source: Source) -> dict[str, int]:
+    files = [path.stat() for path in files_of(source)]
     return {
-        key: {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-        for key, status in ((key, path.stat()) for key, path in files_of(case).items())
+        "bytes": sum(status.st_size for status in files),
+        "mtime_ns": max((status.st_mtime_ns for status in files), default=0),
+        **({"files": len(files)} if len(files) > 1 else {}),
+        **({"channel": source.channel} if source.channel is not None else {}),
     }
 
 
@@ -217,17 +222,22 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("format") == _FORMAT else None
 
 
-def is_done(case: Case, out: Path, settings: AlignSettings) -> bool:
+def is_done(case: FoundCase, out: Path, settings: AlignSettings) -> bool:
     """Whether a case is there already, from the same inputs with the same settings, and whole."""
     folder = out / case.case_id
     record = record_of(folder)
-    if record is None or record.get("settings") != _settings_record(settings):
+    if record is None or _without_names(record.get("settings")) != _without_names(_settings_record(settings)):
         return False
     try:
         same = record.get("inputs") == _inputs(case)
     except OSError:
         return False
     return same and all((folder / name).is_file() for name in record.get("files", [RECORD]))
+
+
+def _without_names(settings: Any) -> Any:
+    """Settings without the data set's modalities: the inputs tell which of them the case has."""
+    return {**settings, "modalities": None} if isinstance(settings, dict) else settings
 
 
 def _grid_record(grid: sitk.Image) -> dict[str, Any]:
@@ -239,7 +249,7 @@ def _grid_record(grid: sitk.Image) -> dict[str, Any]:
     }
 
 
-def part_folder(out: Path, case: Case) -> Path:
+def part_folder(out: Path, case: FoundCase) -> Path:
     """The hidden folder in which a case is built."""
     return out / f".{case.case_id}.part"
 

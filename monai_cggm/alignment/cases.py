@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import signal
@@ -12,22 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from monai_cggm.alignment.case import align_case, case_problems, files_of, is_done, part_folder, record_of
+from monai_cggm.alignment.case import align_case, case_problems, is_done, part_folder, record_of
 from monai_cggm.alignment.images import itk_reason
 from monai_cggm.alignment.report import not_registered, write_report
-from monai_cggm.alignment.settings import DATALIST, AlignSettings
-from monai_cggm.data.checks import repeated_ids
-from monai_cggm.data.layouts import LABEL, Case, find_cases, is_safe_id
+from monai_cggm.alignment.settings import AlignSettings
+from monai_cggm.data.labels import convention_for
+from monai_cggm.data.layouts import LABEL
+from monai_cggm.discovery.convert import list_cases, refuse_folder
+from monai_cggm.discovery.found import Found, FoundCase
 from monai_cggm.errors import CaseError, DataError
-from monai_cggm.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Aligned:
         kept: IDs of those that were there already, with the same settings and inputs.
         problems: why the others were refused, a line each with the case and the file.
         refused: IDs of the others.
-        incomplete: ID -> modalities that an aligned case lacks.
+        incomplete: ID -> modalities that an aligned case lacks, and ``"label"`` where others have one.
         unregistered: ID -> modalities whose registration was refused, so that they kept their place.
     """
 
@@ -54,7 +53,7 @@ class Aligned:
 
 
 def align(
-    source: str | Path,
+    found: Found,
     out: str | Path,
     settings: AlignSettings,
     *,
@@ -69,13 +68,14 @@ def align(
     outputs but its geometry.
 
     ``out`` gets ``ID/ID_<modality>.nii.gz``, ``ID/ID_seg.nii.gz``, ``ID/ID_mask.nii.gz``, ``ID/align.json`` (what was
-    done) and ``ID/overlay.svg``, and for all cases ``datalist.json``, which
-    :func:`~monai_cggm.data.layouts.find_cases` reads, and ``report.html``. A case's folder appears when all of it is
+    done) and ``ID/overlay.svg``, and for all cases ``datalist.json`` (sections, patients, label conventions and names
+    of label values stay), which everything here reads, and ``report.html``. A case's folder appears when all of it is
     written. A second run makes only what is missing or had other settings or inputs (by size and time of change).
 
     Args:
-        source: a folder or a datalist (see :func:`~monai_cggm.data.layouts.find_cases`).
-        out: the folder to make, outside ``source``.
+        found: the cases (see :func:`~monai_cggm.discovery.discover`, with ``keep_bad=True``: a bad case is refused
+            here).
+        out: the folder to make, outside of the data.
         settings: what to do.
         labels: a label convention for every case, which goes into the datalist.
         workers: processes; each works on one case with one thread. 0 works in this process. (Processes are spawned: a
@@ -86,30 +86,34 @@ def align(
         What became of the cases. A bad case is refused and the others are made.
 
     Raises:
-        DataError: where there is no case, ``out`` lies inside ``source``, or a worker dies.
+        DataError: where ``out`` and the data lie in one another, or a worker dies.
         ValueError: where ``labels`` is no convention.
 
     Example:
         >>> import tempfile
         >>> import SimpleITK as sitk
         >>> from monai_cggm.data.phantom import write_phantoms
+        >>> from monai_cggm.discovery import discover
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = write_phantoms(folder / "cases", cases=1, shape=(16, 16, 16), spacing=10.0)
-        >>> done = align(folder / "cases", folder / "aligned", AlignSettings("t1", spacing=(10.0, 10.0, 20.0)))
+        >>> settings = AlignSettings("t1", ("t1", "t2"), spacing=(10.0, 10.0, 20.0))
+        >>> done = align(discover(folder / "cases", keep_bad=True), folder / "aligned", settings)
         >>> done.made, sitk.ReadImage(str(folder / "aligned/Phantom_000/Phantom_000_t2.nii.gz")).GetSize()
         (('Phantom_000',), (16, 16, 8))
     """
-    folder = Path(out)
-    cases = find_cases(source, settings.modalities, labels=labels)
-    _check_folders(Path(source).expanduser(), folder, cases)
-    refused = _unusable(cases)
+    if labels is not None:
+        convention_for("", labels)
+    folder = Path(out).expanduser().absolute()
+    cases = [_chosen(case, settings, labels) for case in found.cases]
+    _check_folders(found, folder)
+    refused = [error for case in cases for error in case.errors()]
     bad = {error.case for error in refused}
     kept = {case.case_id for case in cases if case.case_id not in bad and is_done(case, folder, settings)}
     waiting = [case for case in cases if case.case_id not in bad | kept]
     # Threads are enough for headers and labels: most of the time goes into gzip, which releases the interpreter.
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = pool.map(partial(case_problems, settings=settings, out=folder), waiting)
-        refused += [error for errors in found for error in errors]
+        problems = pool.map(partial(case_problems, settings=settings, out=folder), waiting)
+        refused += [error for errors in problems for error in errors]
     for error in refused:
         _tell(console, error)
     bad |= {error.case for error in refused}
@@ -117,9 +121,11 @@ def align(
     bad |= {error.case for error in refused}
     good = [case for case in cases if case.case_id not in bad]
     records = {case.case_id: record_of(folder / case.case_id) or {} for case in good}
-    _write_datalist(good, records, folder)
+    paths = {case.case_id: _outputs(case, records[case.case_id], folder) for case in good}
+    list_cases(replace(found, cases=tuple(good)), paths, folder)
     write_report(records, refused, settings, folder)
-    lacking = {case.case_id: [m for m in settings.modalities if m not in case.images] for case in good}
+    wanted = [*settings.modalities, *([LABEL] if any(case.label for case in cases) else [])]
+    lacking = {case.case_id: [key for key in wanted if key not in case.sources()] for case in good}
     return Aligned(
         folder=folder,
         made=tuple(case.case_id for case in good if case.case_id not in kept),
@@ -131,49 +137,31 @@ def align(
     )
 
 
-def _check_folders(source: Path, out: Path, cases: Sequence[Case]) -> None:
+def _chosen(case: FoundCase, settings: AlignSettings, labels: str | None) -> FoundCase:
+    images = {name: case.images[name] for name in settings.modalities if name in case.images}
+    return replace(case, images=images, convention=labels or case.told_convention())
+
+
+def _check_folders(found: Found, out: Path) -> None:
+    refuse_folder(out, found)
     target = out.resolve()
-    if source.is_dir() and target.is_relative_to(source.resolve()):
-        # The next run would read this one's results as cases.
-        raise DataError([f"{out} is inside {source}: expected a folder outside the data"])
-    if out.exists() and not out.is_dir():
-        raise DataError([f"{out} is a file: expected a folder to make"])
-    for case in cases:
-        for path in files_of(case).values():
-            if path.resolve().is_relative_to(target):
+    for case in found.cases:
+        for source in case.sources().values():
+            if source.path.resolve().is_relative_to(target):
                 raise DataError(
-                    [f"case {case.case_id}: {path} is inside {out}: expected an output folder without data"]
+                    [f"case {case.case_id}: {source.path} is inside {out}: expected an output folder without data"]
                 )
 
 
-def _unusable(cases: Sequence[Case]) -> list[CaseError]:
-    """Cases that cannot even have a folder: IDs that are no file names or not their own, two files for one sequence."""
-    errors = [CaseError(case_id, problem) for case_id, problem in repeated_ids(cases).items()]
-    for case in cases:
-        if not is_safe_id(case.case_id):
-            expected = "its ID is no safe file name: expected letters, digits, '.', '_' and '-', and no '..'"
-            errors.append(CaseError(case.case_id, expected, case.folder))
-        errors += [CaseError(case.case_id, problem) for problem in case.problems]
-    return errors
-
-
-def _write_datalist(cases: Sequence[Case], records: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    entries = []
-    for case in cases:
-        item = case.as_dict()
-        if item["labels"] is None:
-            del item["labels"]
-        names = {name: name for name in case.images} | ({LABEL: "seg"} if case.label is not None else {})
-        if f"{case.case_id}_mask.nii.gz" in records[case.case_id]["files"]:
-            names["mask"] = "mask"
-        item |= {key: f"{case.case_id}/{case.case_id}_{name}.nii.gz" for key, name in names.items()}
-        entries.append(item)
-    with atomic_path(out / DATALIST) as path:
-        path.write_text(json.dumps({"training": entries}, indent=1) + "\n", encoding="utf-8")
+def _outputs(case: FoundCase, record: Mapping[str, Sequence[str]], out: Path) -> dict[str, Path]:
+    """Key -> file of what was made of a case."""
+    names = {name: name for name in case.images} | ({LABEL: "seg"} if case.label is not None else {}) | {"mask": "mask"}
+    files = {key: f"{case.case_id}_{name}.nii.gz" for key, name in names.items()}
+    return {key: out / case.case_id / file for key, file in files.items() if file in record["files"]}
 
 
 def _run(
-    cases: Sequence[Case], out: Path, settings: AlignSettings, workers: int, console: Console | None
+    cases: Sequence[FoundCase], out: Path, settings: AlignSettings, workers: int, console: Console | None
 ) -> list[CaseError]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     errors: list[CaseError] = []
@@ -187,7 +175,9 @@ def _run(
     return errors
 
 
-def _attempts(cases: Sequence[Case], out: Path, settings: AlignSettings, workers: int) -> Iterator[CaseError | None]:
+def _attempts(
+    cases: Sequence[FoundCase], out: Path, settings: AlignSettings, workers: int
+) -> Iterator[CaseError | None]:
     """Align cases; yield what went wrong with each as it ends."""
     attempt = partial(_attempt, out=out, settings=settings)
     if workers == 0 or not cases:
@@ -234,7 +224,7 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _attempt(case: Case, out: Path, settings: AlignSettings) -> CaseError | None:
+def _attempt(case: FoundCase, out: Path, settings: AlignSettings) -> CaseError | None:
     try:
         align_case(case, out, settings)
     except CaseError as error:
@@ -244,7 +234,7 @@ def _attempt(case: Case, out: Path, settings: AlignSettings) -> CaseError | None
     except MemoryError:
         return CaseError(case.case_id, "does not fit into memory: try fewer workers or a coarser spacing")
     except RuntimeError as error:
-        return CaseError(case.case_id, f"SimpleITK failed: {itk_reason(error)}", case.folder)
+        return CaseError(case.case_id, f"SimpleITK failed: {itk_reason(error)}", case.place)
     return None
 
 

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from monai_cggm.alignment.images import pixel_limits
 from monai_cggm.alignment.settings import LABEL_INTERPOLATIONS
+from monai_cggm.discovery.sources import Grid
 
 _SAME_PLACE = 1e-3  # mm between voxels that count as one
 
 
-def box_of(image: sitk.Image | sitk.ImageFileReader) -> NDArray[np.float64]:
-    """Lowest and highest coordinates (2, 3) of an image's outer corners, LPS mm."""
-    size = np.array(image.GetSize(), dtype=float)
+def box_of(grid: Grid) -> NDArray[np.float64]:
+    """Lowest and highest coordinates (2, 3) of a grid's outer corners, LPS mm."""
+    size = np.array(grid.shape, dtype=float)
     corners = np.array([(np.array(corner) * size - 0.5) for corner in np.ndindex(2, 2, 2)])
-    direction = np.array(image.GetDirection()).reshape(3, 3)
-    places = np.array(image.GetOrigin()) + (corners * image.GetSpacing()) @ direction.T
+    places = (corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]) * (-1, -1, 1)
     return np.stack([places.min(axis=0), places.max(axis=0)])
 
 

@@ -12,26 +12,43 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813, as its own documentation does
 
 from monai_cggm.analysis.pages import without_folders
-from monai_cggm.data.checks import format_shape, read_voxels
+from monai_cggm.data.checks import read_voxels
+from monai_cggm.discovery.convert import image_voxels
+from monai_cggm.discovery.found import Source
+from monai_cggm.discovery.sources import Grid, files_of, itk_affine, itk_image, read_grid, read_volumes
 
 
-def read_header(path: Path) -> sitk.ImageFileReader:
-    """The header of one 3-D image of numbers; ValueError says what is wrong with it."""
-    if not path.is_file():
+def read_header(source: Source) -> Grid:
+    """The grid of one 3-D image of numbers; ValueError says what is wrong with it."""
+    if not source.path.exists():
         raise ValueError("does not exist")
+    if source.kind == "dicom":
+        return _judged(source)
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(str(source.path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ValueError(f"cannot be read: {itk_reason(error, path)}") from error
-    size = reader.GetSize()
-    if len(size) != 3 or min(size) < 2:
-        raise ValueError(f"has shape {format_shape(size)}, expected a 3-D volume of at least two slices a side")
+        raise ValueError(f"cannot be read: {itk_reason(error, source.path)}") from error
+    size, axes = reader.GetSize(), reader.GetDimension()
+    if axes != 3 or min(size) < 2 or reader.GetNumberOfComponents() > 1:
+        _judged(source)
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    if reader.GetNumberOfComponents() != 1 or "complex" in kind:
-        raise ValueError(f"holds {kind} voxels of {reader.GetNumberOfComponents()} numbers, expected one real number")
-    return reader
+    if "complex" in kind:
+        raise ValueError(f"holds {kind} voxels, expected real numbers")
+    # ITK's geometry, also of a 4-D file: other readers choose otherwise where a header has two.
+    direction = np.array(reader.GetDirection()).reshape(axes, axes)
+    return Grid(size[:3], itk_affine(reader.GetSpacing(), reader.GetOrigin(), direction))
+
+
+def _judged(source: Source) -> Grid:
+    try:
+        return read_grid(source)
+    except ValueError as error:
+        reason = str(error)
+        for file in files_of(source) if source.kind == "dicom" else ():
+            reason = _unnamed(reason, file)
+        raise ValueError(_unnamed(reason, source.path)) from error
 
 
 def itk_reason(error: Exception, path: Path | None = None) -> str:
@@ -47,9 +64,12 @@ def _unnamed(reason: str, path: Path | None) -> str:
     return without_folders(reason)
 
 
-def read_image(path: Path) -> sitk.Image:
+def read_image(source: Source) -> sitk.Image:
     """Read an image without what its header says beside geometry; ValueError says what is wrong with it."""
-    read_header(path)
+    grid, path = read_header(source), source.path
+    if source.kind == "dicom":
+        array, _ = read_volumes(source)
+        return itk_image(image_voxels(array[..., 0]), grid)
     voxels = None
     if path.name.lower().endswith((".nii", ".nii.gz")):
         # ITK fills up a NIfTI file that ends too soon, reads its NaN as 0, and says nothing.
@@ -57,14 +77,29 @@ def read_image(path: Path) -> sitk.Image:
         if problem is not None:
             raise ValueError(_unnamed(problem, path))
     try:
-        image = sitk.ReadImage(str(path))
+        image = _one_channel(sitk.ReadImage(str(path)), source.channel or 0)
     except RuntimeError as error:
         raise ValueError(f"cannot be read: {itk_reason(error, path)}") from error
-    values = sitk.GetArrayViewFromImage(image) if voxels is None else voxels
+    values = sitk.GetArrayViewFromImage(image) if voxels is None else _nifti_channel(voxels, source.channel or 0)
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     if bad:
         raise ValueError(f"has {bad} NaN or infinite voxels, expected finite values")
     return _bare(image)
+
+
+def _one_channel(image: sitk.Image, channel: int) -> sitk.Image:
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        image = sitk.VectorIndexSelectionCast(image, channel)
+    axes = image.GetDimension()
+    if axes == 3:
+        return image
+    size = [*image.GetSize()[:3], *[0] * (axes - 3)]
+    index = [*[0] * (axes - 1), channel if image.GetSize()[-1] > 1 else 0]
+    return sitk.Extract(image, size, index, sitk.ExtractImageFilter.DIRECTIONCOLLAPSETOSUBMATRIX)
+
+
+def _nifti_channel(voxels: np.ndarray, channel: int) -> np.ndarray:
+    return voxels if voxels.ndim == 3 else voxels.reshape(*voxels.shape[:3], -1)[..., channel]
 
 
 def _bare(image: sitk.Image) -> sitk.Image:
@@ -73,9 +108,9 @@ def _bare(image: sitk.Image) -> sitk.Image:
     return image
 
 
-def read_label(path: Path) -> sitk.Image:
+def read_label(source: Source) -> sitk.Image:
     """Read a label in an integer type; ValueError says what is wrong with it."""
-    image = read_image(path)
+    image = read_image(source)
     voxels = sitk.GetArrayViewFromImage(image)
     if np.any(voxels != np.rint(voxels)):
         raise ValueError("holds fractions, expected whole numbers")

@@ -17,7 +17,6 @@ LABEL_INTERPOLATIONS = {"nearest": sitk.sitkNearestNeighbor, "gaussian": sitk.si
 #: What the command wrote of a case, and with which settings from which files.
 RECORD = "align.json"
 OVERLAY = "overlay.svg"
-DATALIST = "datalist.json"
 REPORT = "report.html"
 #: Names that mean something else in a case's folder or in a datalist.
 _TAKEN = ("seg", "mask", LABEL, "labels", "case", "patient")
@@ -29,7 +28,7 @@ class AlignSettings:
 
     Attributes:
         reference: the modality on whose grid the others are resampled.
-        modalities: those to look for; a case may lack any but the reference.
+        modalities: those to align; a case may lack any but the reference.
         register: find a rigid transform for each other modality, by mutual information with the reference.
         n4: the modalities whose bias field is corrected, MR only.
         mask: ``none``, ``brain`` or ``body``, made from the reference and written as ``ID_mask.nii.gz``.
@@ -53,7 +52,7 @@ class AlignSettings:
     """
 
     reference: str
-    modalities: tuple[str, ...] = ("flair", "t1ce", "t1", "t2")
+    modalities: tuple[str, ...]
     register: bool = False
     n4: tuple[str, ...] = ()
     mask: str = "none"

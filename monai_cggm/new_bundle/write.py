@@ -139,7 +139,8 @@ def configurations(plan: BundlePlan, split: str, seed: int) -> dict[str, str]:
             overlaid(inference, as_text(values | {"dataset_dir": _NEW_CASES}), known_only=True),
             f"{plan.title}: segment cases that need no truth.\n\n"
             f"  {command} configs/inference.yaml --dataset_dir CASES --model_file runs/recipe/model.pt\n\n"
-            "CASES has files ID_<modality>.nii.gz, or is a datalist (.json).",
+            "CASES has files ID_<modality>.nii.gz, or is a datalist (.json), which is made of any other layout by\n\n"
+            "  monai-cggm datalist LIST --data CASES --no-labels",
         ),
         "evaluate.yaml": headed(
             texts["evaluate.yaml"],

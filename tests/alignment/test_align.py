@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import locale
 import os
 import re
 import subprocess
@@ -23,11 +24,13 @@ import SimpleITK as sitk  # noqa: N813
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from monai_cggm.alignment import Aligned, AlignSettings, align, registration, report
+from monai_cggm.alignment import Aligned, AlignSettings, registration, report
+from monai_cggm.alignment import align as align_found
 from monai_cggm.alignment import case as of_case
 from monai_cggm.alignment import cases as of_cases
 from monai_cggm.alignment import settings as settings_module
 from monai_cggm.data.layouts import find_cases
+from monai_cggm.discovery import discover, survey_cases
 from monai_cggm.errors import CaseError, DataError
 
 CASE = "Phantom_007"
@@ -111,6 +114,10 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / "cases"
     write_case(folder)
     return folder
+
+
+def align(source: Path, out: Path, settings: AlignSettings, **options: Any) -> Aligned:
+    return align_found(discover(source, modalities=settings.modalities, keep_bad=True), out, settings, **options)
 
 
 def run(root: Path, **settings: Any) -> Aligned:
@@ -535,7 +542,7 @@ def test_the_datalist_is_read_back(root: Path) -> None:
     out = root.parent / "out"
     done = align(root / "list.json", out, AlignSettings("flair", PAIR))
     assert done.made == ("a1", "b2")
-    assert done.incomplete == {"a1": ["t1"]}
+    assert done.incomplete == {"a1": ["t1", "label"]}  # a label, because the other one has it
     first, second = find_cases(out / "datalist.json", PAIR)
     assert (first.case_id, first.patient, first.convention, first.label) == ("a1", "a", "brats2023", None)
     assert (second.case_id, second.patient, second.convention) == ("b2", "b2", None)
@@ -643,17 +650,17 @@ def sheared(root: Path) -> str:
 
 def flat(root: Path) -> str:
     path = write(case_path(root, "t1"), np.ones((9, 8), np.int16), np.eye(4))
-    return f"t1 has shape 9x8, expected a 3-D volume of at least two slices a side ({path})"
+    return f"t1 is 2-D (shape 9x8), expected a 3-D volume ({path})"
 
 
 def one_slice(root: Path) -> str:
     write(case_path(root, "t1"), np.ones((9, 8, 1), np.int16), np.eye(4))
-    return "t1 has shape 9x8x1, expected a 3-D volume"
+    return "t1 is 2-D (shape 9x8x1), expected a 3-D volume"
 
 
 def series(root: Path) -> str:
     write(case_path(root, "t1"), np.ones((9, 8, 7, 2), np.int16), np.eye(4))
-    return "t1 has shape 9x8x7x2, expected a 3-D volume"
+    return "t1 has shape 9x8x7x2, expected one 3-D volume: nothing names its 2 channels"
 
 
 def complex_numbers(root: Path) -> str:
@@ -702,7 +709,7 @@ def not_a_number(root: Path) -> str:
 
 def two_files(root: Path) -> str:
     write(root / CASE / f"{CASE}_T1.nii", np.ones(SHAPE, np.int16), np.eye(4))
-    return "t1: 2 files ("
+    return f"2 files may be t1, expected one ({CASE}/{CASE}_T1.nii, {CASE}/{CASE}_t1.nii.gz; choose with --modality "
 
 
 BEFORE = [
@@ -776,30 +783,29 @@ def test_a_fill_value_that_the_type_cannot_hold(tmp_path: Path) -> None:
 
 def test_repeated_and_unsafe_ids(root: Path) -> None:
     write_case(root / "more")
-    assert "2 cases have this ID, expected one" in run(root).problems[0]
-    entry = {"case": "../x", "flair": f"{CASE}/{CASE}_flair.nii.gz"}
-    (root / "list.json").write_text(json.dumps({"training": [entry]}))
-    done = align(root / "list.json", root.parent / "out2", AlignSettings("flair", PAIR))
-    assert "case ../x: its ID is no safe file name" in done.problems[0]
-    assert find_problem(root.parent / "out2/datalist.json") == "lists no case"
-
-
-def find_problem(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        find_cases(path, PAIR)
-    return str(caught.value).removeprefix(f"{path} ")
+    assert run(root).made == (CASE, f"more_{CASE}")
+    entries = [
+        {"case": name, "flair": f"{CASE}/{CASE}_flair.nii.gz", "t1": f"{CASE}/{CASE}_t1.nii.gz"}
+        for name in ("../x", "y", "y")
+    ]
+    (root / "list.json").write_text(json.dumps({"training": entries}))
+    out = root.parent / "out2"
+    done = align(root / "list.json", out, AlignSettings("flair", PAIR))
+    assert (done.made, done.refused) == (("x",), ("y",))
+    assert done.problems[0].startswith("case y: 2 cases have this ID, expected one (")
+    assert sorted(path.name for path in out.iterdir()) == ["datalist.json", "report.html", "x"]
 
 
 def test_folders_that_would_mix(root: Path) -> None:
     settings = AlignSettings("flair", PAIR)
-    with pytest.raises(DataError, match=f"{root / 'out'} is inside {root}: expected a folder outside the data"):
+    with pytest.raises(DataError, match=f"{root / 'out'} lies in {root}, where its files would be found as cases"):
         align(root, root / "out", settings)
     (root.parent / "list.json").write_text(json.dumps({"training": [{"flair": f"cases/{CASE}/{CASE}_flair.nii.gz"}]}))
     with pytest.raises(DataError, match=r"flair.nii.gz is inside .*: expected an output folder without data"):
         align(root.parent / "list.json", root, settings)
     assert align(root.parent / "list.json", root.parent / "out", settings).made == (CASE,)  # beside the list is fine
     (root.parent / "file").touch()
-    with pytest.raises(DataError, match="is a file: expected a folder to make"):
+    with pytest.raises(DataError, match="is a file, expected a folder"):
         align(root, root.parent / "file", settings)
 
 
@@ -868,6 +874,7 @@ import os, sys
 from pathlib import Path
 from monai_cggm import alignment
 from monai_cggm.alignment import case
+from monai_cggm.discovery import discover
 write, count = case.write_image, [0]
 def dying(*arguments):
     count[0] += 1
@@ -875,7 +882,8 @@ def dying(*arguments):
         os.kill(os.getpid(), 9)
     return write(*arguments)
 case.write_image = dying
-alignment.align(Path(sys.argv[1]), Path(sys.argv[2]), alignment.AlignSettings("flair", ("flair", "t1")))
+found = discover(sys.argv[1])
+alignment.align(found, Path(sys.argv[2]), alignment.AlignSettings("flair", ("flair", "t1")))
 """
 
 
@@ -930,7 +938,7 @@ def test_a_dead_worker_is_reported(root: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_case_errors_come_back_from_workers(root: Path) -> None:
-    case = find_cases(root, PAIR)[0]
+    case = discover(root).cases[0]
     empty_image(root)
     error = of_cases._attempt(case, root.parent / "out", AlignSettings("flair", PAIR))
     assert isinstance(error, CaseError)
@@ -967,7 +975,7 @@ def test_the_report_stands_alone(small: Path) -> None:
         assert not re.search(r"<script|<link|@import|url\((?!#)", text)
         assert str(small.parent) not in text
         assert str(Path.home()) not in text
-    assert f"{CASE}: t1 has shape 9x8" in report
+    assert f"{CASE}: t1 is 2-D (shape 9x8)" in report
     assert "Outside an image&#x27;s field of view stands its own minimum, 1 for t1." in report
     assert "20x22x16" in report
     assert len(report) < 300_000
@@ -1037,7 +1045,7 @@ def test_no_metadata_reaches_the_outputs(root: Path) -> None:
     out = root.parent / "out"
     done = align(root / "list.json", out, AlignSettings("flair", PAIR, mask="brain"))
     assert (done.made, done.refused) == (("p1",), ("q0", "q1", "q2"))
-    assert f"case q0: flair does not exist ({root / NAME}_none.nrrd)" in done.problems
+    assert f"case q0: flair, of training[1], is not there ({root / NAME}_none.nrrd)" in done.problems
     files = [file for file in out.rglob("*") if file.is_file()]
     assert len(files) == 8
     for file in files:
@@ -1065,3 +1073,139 @@ def test_a_real_case_that_was_moved_comes_back(real_data: Path, tmp_path: Path) 
     assert run(root, register=True).unregistered == {}
     before, after = voxels_of(case_path(root, "t1")).astype(float), voxels_of(output(root, "t1")).astype(float)
     assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.97
+
+
+# ---------------------------------------------------------------------- layouts and formats
+
+SIZES = {"ct": (16, 15, 10), "pet": (10, 10, 7)}  # x, y, z
+SPACINGS = {"ct": (2.0, 2.0, 3.0), "pet": (3.5, 3.5, 5.0)}
+
+
+def volume(key: str, case: int) -> sitk.Image:
+    """CT and a label on one grid, PET oblique on its own; whole numbers, as DICOM holds them."""
+    grid = "ct" if key == "label" else key
+    voxels = np.random.default_rng([case, len(key)]).integers(0, 3 if key == "label" else 900, SIZES[grid][::-1])
+    image = sitk.GetImageFromArray(voxels.astype(np.uint8 if key == "label" else np.int16))
+    image.SetSpacing(SPACINGS[grid])
+    image.SetOrigin((-15.0, -14.0, 6.0))
+    if key == "pet":
+        image.SetDirection(Rotation.from_euler("z", 8, degrees=True).as_matrix().ravel().tolist())
+    return image
+
+
+def save(image: sitk.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+def series_of(image: sitk.Image, folder: Path, uid: str) -> None:
+    folder.mkdir(parents=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    rows = np.array(image.GetDirection()).reshape(3, 3)[:, :2].T
+    before = locale.setlocale(locale.LC_ALL)
+    for z in range(image.GetDepth()):
+        plane = image[:, :, z]
+        place = image.TransformIndexToPhysicalPoint((0, 0, z))
+        for tag, values in (("0020|0032", place), ("0020|0037", rows.ravel())):
+            plane.SetMetaData(tag, "\\".join(f"{value:.8f}" for value in values))
+        for tag, text in {"0008|0060": "CT", "0020|000d": "1.2", "0020|000e": uid, "0010|0010": NAME}.items():
+            plane.SetMetaData(tag, text)
+        plane.SetMetaData("0008|0018", f"{uid}.{z + 1}")
+        writer.SetFileName(str(folder / f"IM{z:03d}.dcm"))
+        writer.Execute(plane)
+    locale.setlocale(locale.LC_ALL, before)  # GDCM leaves the process in another one
+
+
+def bids(root: Path, case: int) -> None:
+    for key in ("ct", "pet"):
+        save(volume(key, case), root / f"sub-{case}/{key}/sub-{case}_{key}.nii.gz")
+    save(volume("label", case), root / f"derivatives/manual/sub-{case}/ct/sub-{case}_space-ct_dseg.nii.gz")
+
+
+def nnunet(root: Path, case: int) -> None:
+    for channel, key in enumerate(("ct", "pet")):
+        save(volume(key, case), root / f"imagesTr/p{case}_{channel:04d}.nii.gz")
+    save(volume("label", case), root / f"labelsTr/p{case}.nii.gz")
+    described = {"channel_names": {"0": "CT", "1": "PET"}, "labels": {"background": 0, "node": 1, "tumour": 2}}
+    (root / "dataset.json").write_text(json.dumps(described))
+
+
+def dicom(root: Path, case: int) -> None:
+    for number, key in enumerate(("ct", "pet")):
+        series_of(volume(key, case), root / f"p{case}/{key.upper()}", f"1.2.{case}.{number}")
+    save(volume("label", case), root / f"p{case}/seg.nrrd")
+
+
+def four_d(root: Path, case: int) -> None:
+    """Two channels in one file, which lie on one grid; the label is on another."""
+    joined = sitk.JoinSeries([volume("pet", case), volume("pet", case + 10)])
+    save(joined, root / f"imagesTr/p{case}.nii.gz")
+    save(volume("label", case), root / f"labelsTr/p{case}.nii.gz")
+    (root / "dataset.json").write_text(json.dumps({"modality": {"0": "PET", "1": "CT"}}))
+
+
+@pytest.mark.parametrize("layout", [bids, nnunet, dicom, four_d], ids=lambda layout: layout.__name__)
+def test_every_layout_comes_out_as_by_sitk_itself(tmp_path: Path, layout: Callable[[Path, int], None]) -> None:
+    """Of all kinds of folders, on the reference's grid, labels too; and new-bundle's survey accepts what was made."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    for case in (1, 2):
+        layout(root, case)
+    reference = "pet" if layout is four_d else "ct"
+    found = discover(root, keep_bad=True)
+    done = align_found(found, out, AlignSettings(reference, found.modalities))
+    assert (len(done.made), done.problems, done.incomplete) == (2, (), {})
+    listed = discover(out / "datalist.json")
+    assert survey_cases(listed, progress=False).label_values.keys() == {0, 1, 2}
+    assert listed.label_names == found.label_names
+    for number, case in enumerate(listed.cases, start=1):
+        grid = volume(reference, number)
+        for key, source in case.sources().items():
+            original = volume("pet", number + 10) if layout is four_d and key == "ct" else volume(key, number)
+            low = float(sitk.GetArrayViewFromImage(original).min())
+            how, fill = (sitk.sitkNearestNeighbor, 0) if key == "label" else (sitk.sitkLinear, low)
+            expected = sitk.Resample(sitk.Cast(original, sitk.sitkFloat64), grid, sitk.Transform(), how, fill)
+            made = sitk.ReadImage(str(source.path))
+            assert made.GetPixelID() == original.GetPixelID()
+            np.testing.assert_allclose(made.GetOrigin(), grid.GetOrigin(), atol=1e-3)
+            off = np.abs(sitk.GetArrayFromImage(made) - sitk.GetArrayFromImage(expected))
+            # Headers hold float32: a voxel on an edge may fall on the other side of it.
+            assert (off > 0.52).mean() < 2e-3, key
+    for file in out.rglob("*.*"):
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        assert NAME.encode() not in content
+    assert align_found(found, out, AlignSettings(reference, found.modalities)).made == ()
+
+
+def test_what_tells_that_an_input_is_another_one(tmp_path: Path) -> None:
+    """A slice of a DICOM series, the channel of a 4-D file; not a modality that other cases got."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    dicom(root, 1)
+
+    def made(folder: Path, target: Path, reference: str = "ct") -> tuple[str, ...]:
+        found = discover(folder, keep_bad=True)
+        return align_found(found, target, AlignSettings(reference, found.modalities)).made
+
+    assert made(root, out) == ("p1",)
+    dicom(root, 2)
+    save(volume("ct", 2), root / "p2/flair.nrrd")
+    assert made(root, out) == ("p2",)
+    os.utime(root / "p1/PET/IM003.dcm")
+    assert made(root, out) == ("p1",)
+    four = tmp_path / "four"
+    four_d(four, 1)
+    assert made(four, tmp_path / "out4", "pet") == ("p1",)
+    (four / "dataset.json").write_text(json.dumps({"modality": {"0": "CT", "1": "PET"}}))
+    assert made(four, tmp_path / "out4", "pet") == ("p1",)
+
+
+def test_sections_stay_and_a_missing_label_is_told(tmp_path: Path) -> None:
+    nnunet(tmp_path / "set", 1)
+    for channel, key in enumerate(("ct", "pet")):
+        save(volume(key, 2), tmp_path / f"set/imagesTs/t2_{channel:04d}.nii.gz")
+    found = discover(tmp_path / "set", keep_bad=True)
+    done = align_found(found, tmp_path / "out", AlignSettings("ct", ("ct", "pet")))
+    assert done.incomplete == {"t2": ["label"]}
+    content = json.loads((tmp_path / "out/datalist.json").read_text())
+    assert content["labels"] == {"0": "background", "1": "node", "2": "tumour"}
+    assert [[item["case"] for item in content[section]] for section in ("training", "test")] == [["p1"], ["t2"]]
