@@ -385,6 +385,13 @@ def new_bundle(
     ] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Cases may lack modalities.")] = False,
     folds: Annotated[int | None, typer.Option(min=2, help="Splits for cross-validation instead of one.")] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Where a modality's background ends, such as ct=-1000; ct=none: it is 0. By the values otherwise.",
+        ),
+    ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy all volumes, so that no name of a file comes along.")
     ] = False,
@@ -426,6 +433,7 @@ def new_bundle(
         allow_missing=allow_missing,
         folds=folds,
         seed=seed,
+        floors=_floors(floor),
     )
     made = write_bundle(found, out, wishes, copy=copy, workers=workers)
     console = _console()
@@ -560,6 +568,14 @@ def _patterns(texts: list[str] | None) -> dict[str, str]:
 def _regions(texts: list[str] | None) -> dict[str, list[int]]:
     pairs = _pairs(texts or [], "--region", "WT=1,2,4")
     return {name: _numbers(values, int, "--region", "whole numbers") for name, values in pairs.items()}
+
+
+def _floors(texts: list[str] | None) -> dict[str, float | None]:
+    pairs = _pairs(texts or [], "--floor", "ct=-1000")
+    try:
+        return {name: None if value.lower() == "none" else float(value) for name, value in pairs.items()}
+    except ValueError:
+        raise ValueError(f"--floor is {', '.join(texts or [])}: expected numbers or none, such as ct=-1000") from None
 
 
 def _pairs(texts: Sequence[str], option: str, example: str) -> dict[str, str]:

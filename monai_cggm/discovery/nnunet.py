@@ -141,7 +141,7 @@ def write_nnunet(
     problems = [*_place_problems(folder, found, dataset_id), *_case_problems(parts, found)]
     if problems:
         raise DataError(problems)
-    survey = survey_cases(used, workers=workers, progress=progress)
+    survey = survey_cases(used, workers=workers, progress=progress, images=False)
     tables = _tables(used, survey)
     values = _values(tables)
     labels, order = _labels(values, tables, found.label_names or {}, regions or {})

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from monai_cggm.data.checks import geometry_problems
+from monai_cggm.data.checks import geometry_problems, image_problem
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.discovery.found import Found, FoundCase, Source
 from monai_cggm.discovery.sources import Grid, read_grid, read_volumes
@@ -21,6 +23,25 @@ from monai_cggm.errors import DataError
 
 #: How many different values a label may have.
 MOST_LABELS = 256
+
+#: What of each axis a corner is.
+_CORNER = 1 / 32
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """How far the values of an image go, and what is around the object in it.
+
+    Attributes:
+        lowest: the smallest value.
+        highest: the largest value.
+        corners: the largest value in the corners, but for the four highest of the eight: a table or an arm reaches into
+            some, and noise has an upper end.
+    """
+
+    lowest: float
+    highest: float
+    corners: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,7 @@ class CaseSurvey:
         spacing: voxel size in mm.
         orientation: where the axes point to, such as ``"RAS"`` or ``"LPS"``.
         label_values: value -> voxels, in the label.
+        intensities: modality -> its values, where they were read.
         missing: modalities that it lacks.
         problems: one line each, empty where the case is fine.
     """
@@ -42,6 +64,7 @@ class CaseSurvey:
     spacing: tuple[float, ...] | None = None
     orientation: str | None = None
     label_values: Mapping[int, int] = field(default_factory=dict)
+    intensities: Mapping[str, Intensities] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -107,18 +130,21 @@ class Survey:
         return tuple(case.case_id for case in self.cases if case.problems)
 
 
-def survey_cases(found: Found, *, workers: int = 0, progress: bool = True, skip_bad: bool = False) -> Survey:
-    """Read every volume's header and every label's voxels.
+def survey_cases(
+    found: Found, *, workers: int = 0, progress: bool = True, skip_bad: bool = False, images: bool = True
+) -> Survey:
+    """Read every volume, once.
 
     A case's volumes must have one grid: shape, orientation, and the place of every voxel to
     :data:`monai_cggm.data.checks.AFFINE_TOLERANCE`. Labels must be whole numbers, none negative, at most
-    :data:`MOST_LABELS` of them, and where the data set names its labels, these.
+    :data:`MOST_LABELS` of them, and where the data set names its labels, these. Images must be finite, and not empty.
 
     Args:
         found: see :func:`monai_cggm.discovery.discover`.
-        workers: threads (0 and 1 are the same); each holds one label volume.
+        workers: threads (0 and 1 are the same); each holds one file, uncompressed.
         progress: show a progress bar.
         skip_bad: return a survey that lists problems, instead of failing.
+        images: whether to read the voxels of images, too; their headers and the labels' voxels are read in any case.
 
     Returns:
         The survey.
@@ -131,7 +157,7 @@ def survey_cases(found: Found, *, workers: int = 0, progress: bool = True, skip_
         tqdm(total=len(found.cases), desc="Looking at cases", unit="case", disable=not progress) as bar,
     ):
         cases = []
-        for one in pool.map(lambda case: _survey_case(case, found), found.cases):
+        for one in pool.map(lambda case: _survey_case(case, found, images), found.cases):
             cases.append(one)
             bar.update()
     survey = Survey(tuple(cases))
@@ -168,7 +194,7 @@ def label_counts(source: Source) -> dict[int, int]:
     return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _survey_case(case: FoundCase, found: Found) -> CaseSurvey:
+def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
     grids: dict[str, Grid] = {}
     problems: list[str] = []
     for key, source in case.sources().items():
@@ -177,6 +203,11 @@ def _survey_case(case: FoundCase, found: Found) -> CaseSurvey:
         except ValueError as error:
             problems.append(f"{key} {error} ({source.path})")
     problems += _grid_problems(grids, {key: source.path for key, source in case.sources().items()})
+    intensities: dict[str, Intensities] = {}
+    for sources in _by_file({key: case.images[key] for key in case.images if images and key in grids}):
+        looked, bad = _look_at_images(sources)
+        intensities |= looked
+        problems += [f"{key} {problem} ({sources[key].path})" for key, problem in bad.items()]
     counts: dict[int, int] = {}
     if case.label is not None and LABEL in grids:
         try:
@@ -193,9 +224,42 @@ def _survey_case(case: FoundCase, found: Found) -> CaseSurvey:
         _spacing(first) if first else None,
         _orientation(first) if first else None,
         counts,
+        intensities,
         tuple(key for key in found.modalities if key not in case.images),
         tuple(problems),
     )
+
+
+def _by_file(sources: Mapping[str, Source]) -> list[dict[str, Source]]:
+    """Put together what one 4-D file holds, to read it once."""
+    files: dict[Path, dict[str, Source]] = {}
+    for key, source in sources.items():
+        files.setdefault(source.path, {})[key] = source
+    return list(files.values())
+
+
+def _look_at_images(sources: Mapping[str, Source]) -> tuple[dict[str, Intensities], dict[str, str]]:
+    """The values of the images in one file, and what is wrong with them."""
+    looked: dict[str, Intensities] = {}
+    problems: dict[str, str] = {}
+    first = next(iter(sources))
+    try:
+        voxels = read_volumes(sources[first])[0]
+    except ValueError as error:
+        return {}, {first: str(error)}
+    for key, source in sources.items():
+        image = voxels[..., source.channel or 0]
+        if problem := image_problem(image):
+            problems[key] = problem
+        else:
+            looked[key] = Intensities(float(image.min()), float(image.max()), _corners(image))
+    return looked, problems
+
+
+def _corners(image: np.ndarray) -> float:
+    ends = [(slice(0, size), slice(-size, None)) for size in (math.ceil(n * _CORNER) for n in image.shape)]
+    highest = sorted(float(image[corner].max()) for corner in itertools.product(*ends))
+    return highest[3]
 
 
 def _grid_problems(grids: Mapping[str, Grid], paths: Mapping[str, Path]) -> list[str]:

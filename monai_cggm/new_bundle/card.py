@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from monai_cggm.data.checks import format_shape
 from monai_cggm.discovery import Survey
+from monai_cggm.new_bundle.background import plain_number
 from monai_cggm.new_bundle.plan import BundlePlan
 
 
@@ -33,6 +34,10 @@ def model_card(plan: BundlePlan, survey: Survey, parts: Mapping[str, int], name:
     what = "slices" if plan.spatial_dims == 2 else "patches"
     counts = ", ".join(f"{part} {count}" for part, count in parts.items())
     missing = "".join(f"\n- {key} is missing in {len(ids)} cases." for key, ids in survey.missing.items())
+    floors = "".join(
+        f"; in {key} {plain_number(floor)} and below (`floors` in `configs/train.yaml` and `configs/inference.yaml`)"
+        for key, floor in plan.floors.items()
+    )
     return f"""# {plan.title}
 
 **For research use only. Not a medical device; not for diagnosis or any clinical decision.** No weights come with it.
@@ -48,6 +53,7 @@ and on training that does not lean on one of them alone. State here for whom it 
 them, and under which terms they may be used (`docs/data_license.txt`).
 
 - Channels, in this order: {", ".join(plan.modalities)}.
+- Intensities become z-scores over what is not background. The background is 0{floors}.
 - Shapes: {_counted(survey.shapes, format_shape)}.
 - Spacings (mm): {_counted(survey.spacings, lambda s: " × ".join(f"{size:g}" for size in s))}.{missing}
 

@@ -16,6 +16,7 @@ from monai_cggm.discovery import CaseSurvey, Found, Survey
 from monai_cggm.discovery.names import slug_of
 from monai_cggm.discovery.sources import read_volumes
 from monai_cggm.errors import DataError
+from monai_cggm.new_bundle.background import above_background, choose_floors
 
 #: Slices where voxels are so many times longer along one axis than along another: nnU-Net's threshold (Isensee et al.,
 #: Nature Methods 2021) for data that it does not treat as isotropic.
@@ -60,6 +61,7 @@ class Wishes:
         allow_missing: whether cases may lack modalities.
         folds: cross-validation instead of one split.
         seed: seed of the split and of training.
+        floors: modality -> value at which its background ends, None where the background is 0.
     """
 
     title: str | None = None
@@ -69,6 +71,7 @@ class Wishes:
     allow_missing: bool = False
     folds: int | None = None
     seed: int = 0
+    floors: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class BundlePlan:
         val_interval: epochs between validations.
         allow_missing: whether cases may lack modalities.
         on_disk: whether prepared volumes are kept in a folder instead of in memory.
+        floors: modality -> value at which its background ends, of those whose background is not 0.
         reasons: choice -> why, in words, for the one who reads what was printed.
     """
 
@@ -109,6 +113,7 @@ class BundlePlan:
     val_interval: int
     allow_missing: bool
     on_disk: bool
+    floors: Mapping[str, float]
     reasons: Mapping[str, str]
 
     @property
@@ -142,7 +147,7 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
         The plan.
 
     Raises:
-        DataError: lists every wish that does not fit the data.
+        DataError: lists every wish that does not fit the data, or every modality whose background the data do not tell.
         ValueError: where a wish makes no sense for any data.
     """
     wishes = wishes or Wishes()
@@ -153,7 +158,8 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
     spacing = _by_axis(survey.cases, "spacing")
     axis, dims, why = _dimensions(spacing, wishes.spatial_dims)
     orientation = ORIENTATIONS[axis]
-    extent = _extent(found, survey)
+    floors, backgrounds = choose_floors(survey, found.modalities, wishes.floors)
+    extent = _extent(found, survey, floors)
     order = [_AXES[code] for code in orientation]
     largest = (_LARGEST_SLICE if dims == 2 else _LARGEST_PATCH)[wishes.network]
     size = tuple(min(largest, _up(extent[a])) for a in order[:dims])
@@ -185,7 +191,9 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
         val_interval=val_interval,
         allow_missing=wishes.allow_missing,
         on_disk=on_disk,
+        floors=floors,
         reasons={
+            **{f"background of {key}": text for key, text in backgrounds.items()},
             "slices or patches": why,
             "their size": f"{' × '.join(map(str, size))}: the images fill {shown} voxels",
             "a batch": a_batch,
@@ -273,13 +281,13 @@ def _dimensions(spacing: Sequence[float], wish: int | None) -> tuple[int, int, s
     return axis, 2, f"slices along {_AXIS_NAMES[axis]} ({'asked for' if wish else 'coarse'}): {told}"
 
 
-def _extent(found: Found, survey: Survey) -> tuple[float, float, float]:
+def _extent(found: Found, survey: Survey, floors: Mapping[str, float]) -> tuple[float, float, float]:
     """Voxels along each axis of the patient that are not empty: of a few cases' first modality, at most of all."""
     known = {case.case_id: case for case in survey.cases}
     boxes = []
     for case in found.cases[:_READ_CASES]:
-        source = next(iter(case.images.values()))
-        filled = read_volumes(source)[0][..., source.channel or 0] > 0
+        key, source = next(iter(case.images.items()))
+        filled = above_background(read_volumes(source)[0][..., source.channel or 0], floors.get(key))
         ends = [np.flatnonzero(filled.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         shape = tuple(int(end[-1] - end[0] + 1) if len(end) else filled.shape[axis] for axis, end in enumerate(ends))
         boxes.append(CaseSurvey(case.case_id, shape, orientation=known[case.case_id].orientation))

@@ -18,6 +18,7 @@ from monai_cggm.discovery import Found, Survey, survey_cases, write_datalist
 from monai_cggm.discovery.convert import refuse_folder
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
+from monai_cggm.new_bundle.background import plain_number, with_background
 from monai_cggm.new_bundle.card import model_card
 from monai_cggm.new_bundle.plan import BundlePlan, Wishes, plan_bundle
 from monai_cggm.new_bundle.texts import as_text, headed, overlaid, without
@@ -126,6 +127,7 @@ def configurations(plan: BundlePlan, split: str, seed: int) -> dict[str, str]:
         train = overlaid(train, _overlay("configs/protocols/patches_3d.yaml") + _SOLID[plan.network])
         inference = overlaid(inference, _overlay("configs/protocols/patches_3d_inference.yaml") + _SOLID[plan.network])
         train, inference = without(train, _OF_SLICES), without(inference, _OF_SLICES)
+    train, inference = with_background(train, plan.floors), with_background(inference, plan.floors)
     values = _values(plan, split, seed)
     command = "python -m monai.bundle run --config_file"
     return {
@@ -288,13 +290,15 @@ def _metadata(plan: BundlePlan) -> dict[str, Any]:
     classes = {str(number): name for number, name in enumerate(plan.classes.values())}
     modalities = {str(number): name for number, name in enumerate(plan.modalities)}
     listed = ", ".join(f"{number} {name}" for number, name in classes.items())
+    above = ", ".join(["0", *(f"{plain_number(floor)} and below in {key}" for key, floor in plan.floors.items())])
     content |= {
         "name": plan.title,
         "task": f"Segmentation of {', '.join(plan.regions)} from {', '.join(plan.modalities)}",
         "data_source": "see docs/data_license.txt",
         "authors": "",
         "copyright": "",
-        "image_classes": f"{', '.join(plan.modalities)}: one volume each, on one grid, z-scores",
+        "image_classes": f"{', '.join(plan.modalities)}: one volume each, on one grid, z-scores without the background "
+        f"({above})",
         "label_classes": listed,
         "pred_classes": "the label's classes; files carry the data set's own values",
     }
