@@ -599,6 +599,8 @@ def _survey_tables(made: NewBundle) -> list[Table]:
     facts = {
         "modalities": ", ".join(plan.modalities),
         "shape": mostly(survey.shapes, format_shape),
+        "orientation": ", ".join(f"{code} ({count} cases)" for code, count in survey.orientations.items())
+        + f", turned to {plan.orientation}",
         "spacing (mm)": mostly(survey.spacings, lambda sizes: " × ".join(f"{size:g}" for size in sizes)),
         **{f"{key} missing": f"{len(ids)} cases" for key, ids in survey.missing.items()},
         **plan.reasons,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from monai_cggm.data.checks import geometry_problems, image_problem
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.discovery.found import Found, FoundCase, Source
+from monai_cggm.discovery.problems import Problem, sentences
 from monai_cggm.discovery.sources import Grid, read_grid, read_volumes
 from monai_cggm.errors import DataError
 
@@ -56,7 +57,7 @@ class CaseSurvey:
         label_values: value -> voxels, in the label.
         intensities: modality -> its values, where they were read.
         missing: modalities that it lacks.
-        problems: one line each, empty where the case is fine.
+        problems: empty where the case is fine.
     """
 
     case_id: str
@@ -66,7 +67,7 @@ class CaseSurvey:
     label_values: Mapping[int, int] = field(default_factory=dict)
     intensities: Mapping[str, Intensities] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Survey:
     @property
     def problems(self) -> tuple[str, ...]:
         """All problems, each with its case."""
-        return tuple(f"case {case.case_id}: {problem}" for case in self.cases for problem in case.problems)
+        return tuple(str(problem) for case in self.cases for problem in case.problems)
 
     @property
     def bad_cases(self) -> tuple[str, ...]:
@@ -150,7 +151,7 @@ def survey_cases(
         The survey.
 
     Raises:
-        DataError: lists every problem of every case, unless ``skip_bad``.
+        DataError: one sentence for each kind of problem, which names the first volumes with it, unless ``skip_bad``.
     """
     with (
         ThreadPoolExecutor(max(workers, 1)) as pool,
@@ -161,7 +162,7 @@ def survey_cases(
             cases.append(one)
             bar.update()
     survey = Survey(tuple(cases))
-    problems = list(survey.problems)
+    problems = sentences([problem for case in cases for problem in case.problems], len(cases))
     if not problems and survey.label_values and set(survey.label_values) == {0}:
         problems = [f"the labels of {found.source} hold 0 only: is the right file the label?"]
     if problems and not skip_bad:
@@ -196,28 +197,30 @@ def label_counts(source: Source) -> dict[int, int]:
 
 def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
     grids: dict[str, Grid] = {}
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     for key, source in case.sources().items():
         try:
             grids[key] = read_grid(source)
         except ValueError as error:
-            problems.append(f"{key} {error} ({source.path})")
-    problems += _grid_problems(grids, {key: source.path for key, source in case.sources().items()})
+            problems.append((key, str(error)))
+    differing, advice = _grid_problems(grids)
     intensities: dict[str, Intensities] = {}
-    for sources in _by_file({key: case.images[key] for key in case.images if images and key in grids}):
+    # images are long to read: not of a case that is refused anyway
+    for sources in _by_file(case.images) if images and not problems and not differing else ():
         looked, bad = _look_at_images(sources)
         intensities |= looked
-        problems += [f"{key} {problem} ({sources[key].path})" for key, problem in bad.items()]
+        problems += bad.items()
     counts: dict[int, int] = {}
     if case.label is not None and LABEL in grids:
         try:
             counts = label_counts(case.label)
         except ValueError as error:
-            problems.append(f"{LABEL} {error} ({case.label.path})")
+            problems.append((LABEL, str(error)))
         unknown = sorted(set(counts) - set(found.label_names)) if found.label_names else []
         if unknown:
-            problems.append(f"{LABEL} has values {unknown} that dataset.json does not name ({case.label.path})")
+            problems.append((LABEL, f"has values {unknown} that dataset.json does not name"))
     first = next(iter(grids.values()), None)
+    paths = {key: source.path for key, source in case.sources().items()}
     return CaseSurvey(
         case.case_id,
         first.shape if first else None,
@@ -226,7 +229,10 @@ def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
         counts,
         intensities,
         tuple(key for key in found.modalities if key not in case.images),
-        tuple(problems),
+        (
+            *(Problem(case.case_id, key, what, paths[key], advice) for key, what in differing.items()),
+            *(Problem(case.case_id, key, what, paths[key]) for key, what in problems),
+        ),
     )
 
 
@@ -262,18 +268,17 @@ def _corners(image: np.ndarray) -> float:
     return highest[3]
 
 
-def _grid_problems(grids: Mapping[str, Grid], paths: Mapping[str, Path]) -> list[str]:
-    differing = geometry_problems({key: (grid.shape, grid.affine) for key, grid in grids.items()})
-    first = next(iter(grids), "")
-    problems = []
-    for key, problem in differing.items():
+def _grid_problems(grids: Mapping[str, Grid]) -> tuple[dict[str, str], str]:
+    """What is wrong with the volumes that lie on another grid than most of the case's, and what to do about it."""
+    geometries = {key: (grid.shape, grid.affine) for key, grid in grids.items()}
+    compared = {key: geometry_problems({key: geometries[key], **geometries}) for key in geometries}
+    first = min(compared, key=lambda key: len(compared[key]), default="")
+    differing = {}
+    for key, problem in compared.get(first, {}).items():
         one, other = _orientation(grids[key]), _orientation(grids[first])
-        turned = f" (it lies {one}, {first} {other})" if one != other else ""
-        problems.append(
-            f"{key} has {problem}{turned} ({paths[key]}); bring all volumes of a case to one grid first: "
-            "monai-cggm align"
-        )
-    return problems
+        differing[key] = f"has {problem}" + (f" (it lies {one}, {first} {other})" if one != other else "")
+    reference = "" if first == LABEL else f" --reference {first}"
+    return differing, f"bring all volumes of a case to one grid first: monai-cggm align{reference}"
 
 
 def _spacing(grid: Grid) -> tuple[float, ...]:

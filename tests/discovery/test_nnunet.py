@@ -248,7 +248,7 @@ def test_all_that_is_wrong_with_cases_is_said_at_once(tmp_path: Path) -> None:
 def test_cases_that_cannot_be_read_together(tmp_path: Path) -> None:
     folders(tmp_path / "data", "a", "b")
     image(tmp_path / "data/b/flair.nii.gz", affine=AFFINE + np.diag([0.5, 0, 0, 0]))
-    assert "case b: t1 has" in problem(discover(tmp_path / "data"), tmp_path / "raw")
+    assert "case b: flair has" in problem(discover(tmp_path / "data"), tmp_path / "raw")
     found = discover(tmp_path / "data")
     tests = replace(found, cases=tuple(replace(case, section="test") for case in found.cases))
     assert "no case is for training" in problem(tests, tmp_path / "raw")

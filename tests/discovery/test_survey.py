@@ -81,8 +81,38 @@ def test_grids_within_a_case(folder: Path) -> None:
     assert "case a: t1 has an affine that puts voxels up to 2 mm from where flair has them" in text
     assert "(it lies RAS, flair LAS)" in text
     assert text.count("it lies") == 1
-    assert text.count("monai-cggm align") == 2
+    assert text.count("monai-cggm align --reference flair") == 2
     assert str(folder / "b" / "t1.nii.gz") in text
+
+
+def test_the_fewer_volumes_of_a_case_are_blamed_and_the_like_are_one_sentence(tmp_path: Path) -> None:
+    """In four of six cases, whose first modality is the one that lies otherwise."""
+    turned = AFFINE.copy()
+    turned[0] = -turned[0]
+    for number in range(6):
+        place = tmp_path / f"p{number}"
+        image(place / "flair.nii.gz", affine=turned if number > 1 else AFFINE)
+        image(place / "t1.nii.gz", seed=1)
+        label(place / "seg.nii.gz")
+    assert survey_problem(tmp_path) == (
+        "4 of 6 cases: case p2: flair has an affine that puts voxels up to 40 mm from where t1 has them (it lies RAS, "
+        f"t1 LAS) ({tmp_path}/p2/flair.nii.gz); case p3: flair ({tmp_path}/p3/flair.nii.gz); case p4: flair "
+        f"({tmp_path}/p4/flair.nii.gz); and 1 more volume; bring all volumes of a case to one grid first: monai-cggm "
+        "align --reference t1"
+    )
+    survey = survey_cases(discover(tmp_path), progress=False, skip_bad=True)
+    assert len(survey.problems) == 4
+    assert survey.bad_cases == ("p2", "p3", "p4", "p5")
+
+
+def test_cases_that_all_differ_are_one_sentence(folder: Path) -> None:
+    for number, case in enumerate("ab"):
+        image(folder / case / "flair.nii.gz", shape=(5, 4 + number))
+        image(folder / case / "t1.nii.gz", shape=(5, 4 + number))
+    assert survey_problem(folder) == (
+        f"2 of 2 cases: case a: flair is 2-D (shape 5x4), expected a 3-D volume ({folder}/a/flair.nii.gz); case a: t1 "
+        f"({folder}/a/t1.nii.gz); case b: flair is 2-D (shape 5x5) ({folder}/b/flair.nii.gz); and 1 more volume"
+    )
 
 
 @pytest.mark.parametrize(
