@@ -147,6 +147,32 @@ def test_files_that_are_no_good(folder: Path) -> None:
     assert "case a: label has an affine that maps no volume" in survey_problem(folder)
 
 
+def test_images_with_values_that_are_no_numbers(folder: Path) -> None:
+    voxels = image(folder / "a" / "t1.nii.gz")
+    voxels[0, :2, 0] = np.nan, np.inf
+    volume(folder / "a" / "t1.nii.gz", voxels)
+    voxels[0, 2, 0] = -np.inf
+    volume(folder / "b" / "t1.nii.gz", voxels)
+    volume(folder / "b" / "flair.nii.gz", np.full(SHAPE, 7, np.int16))
+    assert survey_problem(folder).splitlines() == [
+        "2 problems:",
+        "  2 of 2 cases: case a: t1 has 2 NaN or infinite voxels, expected finite values "
+        f"({folder}/a/t1.nii.gz); case b: t1 has 3 NaN or infinite voxels ({folder}/b/t1.nii.gz)",
+        f"  case b: flair is empty: every voxel is 7 ({folder}/b/flair.nii.gz)",
+    ]
+    assert survey_cases(discover(folder), progress=False, images=False).problems == ()
+
+
+def test_one_bad_volume_of_a_file_of_several(tmp_path: Path) -> None:
+    dataset_json(tmp_path, {"modality": {"0": "CT", "1": "PET"}, "labels": {"0": "background", "1": "one", "2": "two"},
+                            "training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]})  # fmt: skip
+    voxels = np.random.default_rng(0).normal(size=(*SHAPE, 2)).astype(np.float32)
+    voxels[0, 0, :, 1] = np.nan
+    volume(tmp_path / "imagesTr/a.nii.gz", voxels)
+    label(tmp_path / "labelsTr/a.nii.gz")
+    assert survey_problem(tmp_path).startswith("case a: pet has 3 NaN or infinite voxels, expected finite values (")
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
