@@ -70,16 +70,17 @@ def run(*names: str, kind: str = "train", **overrides: Any) -> ConfigWorkflow:
 def assert_exports_agree(
     network: torch.nn.Module, folder: Path, *, sizes: Sequence[tuple[int, ...]], **files: Any
 ) -> None:
-    """Export a bundle's 2-D network as TorchScript and as ONNX, and hold both to the network itself.
+    """Export a bundle's network as TorchScript and as ONNX, and hold both to the network itself.
 
-    ``files`` are the arguments of MONAI's exports, and ``sizes`` those of the images, (B, M, H, W).
+    ``files`` are the arguments of MONAI's exports, and ``sizes`` those of the images, (B, M, H, W) or (B, M, H, W, D).
     """
     ckpt_export(filepath=str(folder / "model.ts"), **files)
-    axes = {0: "batch", 2: "height", 3: "width"}
+    spatial = ("height", "width", "depth")[: len(sizes[0]) - 2]
+    axes = {0: "batch", **dict(enumerate(spatial, start=2))}
     onnx_export(
         filepath=str(folder / "model.onnx"),
         use_trace=True,
-        input_shape=[1, sizes[0][1], 64, 64],
+        input_shape=[1, sizes[0][1], *(64 if len(spatial) == 2 else 32 for _ in spatial)],
         converter_kwargs={
             "dynamo": False,
             "opset_version": 18,

@@ -12,6 +12,8 @@ import numpy as np
 SHAPE = (36, 40, 8)
 #: slices five times as thick as wide, along head-feet
 AFFINE = np.diag([-1.0, -1.0, 5.0, 1.0])
+#: voxels that are cubes: patches
+CUBES = np.diag([-1.0, -1.0, 1.0, 1.0])
 PATIENTS = ("p01", "p02", "p03", "p04")
 
 
@@ -44,13 +46,13 @@ def folders(root: Path, modalities: tuple[str, ...] = ("T2", "ADC"), affine: np.
     return root
 
 
-def nnunet(root: Path) -> Path:
+def nnunet(root: Path, affine: np.ndarray = AFFINE) -> Path:
     """nnU-Net's raw data."""
     for number, patient in enumerate(PATIENTS):
         images, label = volumes(number)
         for channel, image in enumerate(images):
-            save(root / "imagesTr" / f"{patient}_{channel:04d}.nii.gz", image)
-        save(root / "labelsTr" / f"{patient}.nii.gz", label)
+            save(root / "imagesTr" / f"{patient}_{channel:04d}.nii.gz", image, affine)
+        save(root / "labelsTr" / f"{patient}.nii.gz", label, affine)
     content = {
         "channel_names": {"0": "T2", "1": "ADC"},
         "labels": {"background": 0, "transition zone": 1, "peripheral zone": 2},

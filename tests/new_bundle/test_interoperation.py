@@ -25,7 +25,7 @@ from monai_cggm.discovery import discover
 from monai_cggm.networks import MultimodalSegmenter
 from monai_cggm.new_bundle import Wishes, new_bundle
 from tests.bundles.running import assert_exports_agree
-from tests.new_bundle.folders import PATIENTS, nnunet
+from tests.new_bundle.folders import CUBES, PATIENTS, nnunet
 
 #: the network at a size that takes seconds, and how it is said to a bundle
 NETWORK: dict[str, Any] = {
@@ -45,15 +45,27 @@ INFER += ("handlers", "preprocessing", "postprocessing")
 META = ("version", "monai_version", "pytorch_version", "numpy_version", "description", "spatial_shape", "channel_def")
 
 
+#: the same for a bundle of patches, over the encoder that it states itself
+SOLID: dict[str, Any] = {
+    "encoder#width": 4,
+    "encoder#aspp_channels": 8,
+    **{key: value for key, value in NETWORK.items() if key != "encoder"},
+}
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """A bundle with the weights of a network in ``models/model.pt``, as the model zoo keeps them."""
     root = tmp_path_factory.mktemp("zoo")
     made = new_bundle(discover(nnunet(root / "data")), root / "two_zones", Wishes(network="small"), progress=False)
-    (made.folder / "models").mkdir()
     torch.manual_seed(0)
-    torch.save({"model": network().state_dict(), "epoch": 1}, made.folder / "models/model.pt")
-    return made.folder
+    return with_weights(made.folder, network())
+
+
+def with_weights(folder: Path, network: MultimodalSegmenter) -> Path:
+    (folder / "models").mkdir()
+    torch.save({"model": network.state_dict(), "epoch": 1}, folder / "models/model.pt")
+    return folder
 
 
 def network() -> MultimodalSegmenter:
@@ -104,16 +116,38 @@ def test_the_network_takes_and_gives_what_the_metadata_says(bundle):
         verify_net_in_out(config_file=config(bundle, "inference.yaml"), num_classes=5, **shared)
 
 
-def test_the_bundle_exports(bundle, tmp_path):
-    shared = {
+def export_arguments(bundle: Path) -> dict[str, Any]:
+    return {
         "net_id": "network_def",
         "ckpt_file": str(bundle / "models/model.pt"),
         "meta_file": config(bundle, "metadata.json"),
         "config_file": config(bundle, "inference.yaml"),
         "key_in_ckpt": "model",
-        **{f"network_def#{key}": value for key, value in NETWORK.items()},
     }
-    assert_exports_agree(network().eval(), tmp_path, sizes=[(1, 2, 48, 64), (3, 2, 37, 50)], **shared)
+
+
+def test_the_bundle_exports(bundle, tmp_path):
+    size = {f"network_def#{key}": value for key, value in NETWORK.items()}
+    assert_exports_agree(
+        network().eval(), tmp_path, sizes=[(1, 2, 48, 64), (3, 2, 37, 50)], **export_arguments(bundle), **size
+    )
+
+
+def test_a_bundle_of_patches_exports(tmp_path):
+    found = discover(nnunet(tmp_path / "data", affine=CUBES))
+    folder = new_bundle(found, tmp_path / "two_zones", Wishes(network="small"), progress=False).folder
+    parser = ConfigParser()
+    parser.read_config(config(folder, "inference.yaml"))
+    parser.update(SOLID)
+    solid = parser.get_parsed_content("network_def").eval()
+    assert solid.head.weight.shape == (3, 8, 1, 1, 1)
+    with_weights(folder, solid)
+    shared = export_arguments(folder)
+    assert_exports_agree(solid, tmp_path, sizes=[(1, 2, 32, 16, 24), (2, 2, 19, 30, 21)], **shared, **SOLID)
+    names = {name: shared[name] for name in ("net_id", "meta_file", "config_file")}
+    verify_net_in_out(**names, any=16, **SOLID)
+    with pytest.raises(ValueError, match="output channel"):
+        verify_net_in_out(**names, any=16, num_classes=5, **SOLID)
 
 
 def test_a_training_workflow_has_what_monai_asks_for(bundle, tmp_path):
