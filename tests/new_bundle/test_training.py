@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from scipy.ndimage import map_coordinates
 from typer.testing import CliRunner
 
 from monai_cggm.cli import app
@@ -18,9 +23,9 @@ from monai_cggm.discovery import discover
 from monai_cggm.errors import users_error
 from monai_cggm.new_bundle import Wishes, new_bundle
 from monai_cggm.resources import share_path
-from tests.bundles.running import run
-from tests.new_bundle.folders import folders, save, volumes
-from tests.new_bundle.test_write import TINY
+from tests.bundles.running import environment, run
+from tests.new_bundle.folders import AFFINE, PATIENTS, folders, save, volumes
+from tests.new_bundle.test_write import TINY, command
 
 #: a run of seconds; so few channels do not gain from any other order in memory
 SMALL: dict[str, Any] = {
@@ -59,6 +64,111 @@ def test_workers_that_share_nothing_give_the_same_training(tmp_path):
     one, other = (pd.read_csv(tmp_path / name / "iterations.csv") for name in ("none", "spawn"))
     assert len(one) == 2
     pd.testing.assert_frame_equal(one, other)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_the_report_has_their_numbers(tmp_path):
+    """With CGGM, whose B needs the sums over both processes."""
+    folder = made(tmp_path, folders(tmp_path / "data"))
+    cggm = str(share_path("configs/methods/cggm.yaml"))
+    # one epoch, and no statistics over the batch: otherwise the two differ
+    words = {"encoder#norm": "instance", "epochs": 1, "val_interval": 1, "image_interval": 1, "warmup_epochs": 0}
+    started(folder, tmp_path / "one", cggm, **words)
+    first, second = in_two_processes(folder, tmp_path / "two", cggm, **words)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    one, two = (torch.load(tmp_path / name / "checkpoints/epoch_0001.pt", weights_only=True) for name in ("one", "two"))
+    for part in ("model", "classifiers"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(two[part][key], value, rtol=0, atol=1e-5, msg=key)
+    alone, both = (pd.read_csv(tmp_path / name / "iterations.csv") for name in ("one", "two"))
+    names = [f"{part}/{name}" for part in ("epsilon", "balance") for name in ("adc", "t2")]
+    np.testing.assert_allclose(both[names], alone[names], rtol=1e-4)
+    assert_reported(tmp_path / "two", tmp_path / "report", ("adc", "t2"))
+    assert "Mean Dice over label_1 and label_2 of each" in (tmp_path / "report/report.md").read_text()
+
+
+def in_two_processes(folder: Path, out: Path, *overlays: str, **overrides: Any) -> list[dict[str, torch.Tensor]]:
+    """Run a bundle as the head of its multi_gpu_train.yaml says; the weights that each process ends with."""
+    spy = "$torch.save({k: v for m in (@network_def, @classifiers_def) for k, v in m.state_dict().items()}, "
+    spy += f"{str(out.parent)!r} + f'/rank{{idist.get_rank()}}.pt')"
+    (out.parent / "spy.yaml").write_text(yaml.safe_dump({"run": ["$@train#trainer.run()", spy]}))
+    files = ["configs/train.yaml", *overlays, "configs/multi_gpu_train.yaml", str(out.parent / "spy.yaml")]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line += ["-m", "monai.bundle", "run", "--logging_file", "False", "--config_file", str(files)]
+    for key, value in {**SMALL, **overrides, "run_dir": out}.items():
+        line += [f"--{key}", str(value)]
+    ended = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [torch.load(out.parent / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def assert_reported(folder: Path, out: Path, modalities: tuple[str, ...]) -> None:
+    """``monai-cggm report`` of a run of one epoch with CGGM has the numbers of its tables."""
+    printed = " ".join(command("report", folder, "--out", out).split())
+    assert "Figure 3 Training with CGGM: figure_3.png, .svg, .csv" in printed
+    assert "Table 5 Dice of the classifiers: table_5.csv" in printed
+    curves = pd.read_csv(out / "figure_3.csv").set_index(["panel", "series"])["mean"]
+    (table,) = pd.read_csv(out / "table_5.csv").to_dict("records")
+    (epoch,) = pd.read_csv(folder / "epochs.csv").to_dict("records")
+    for name in ("fusion", *modalities):
+        dice = epoch[f"validation/{name}_dice_mean"]
+        assert dice > 0
+        assert table[name] == pytest.approx(dice)
+        assert curves["validation Dice", name] == pytest.approx(dice)
+    for name in modalities:
+        assert curves["ε on training batches", name] == pytest.approx(epoch[f"epsilon/{name}"])
+        modulated = epoch[f"gradient_norm/{name}"] * epoch[f"balance/{name}"]
+        assert curves["gradient magnitude after modulation", name] == pytest.approx(modulated, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pet_on_a_grid_of_its_own_is_aligned_and_trained_on(tmp_path):
+    source, out = tmp_path / "data", tmp_path / "aligned"
+    turned = np.array([[-2.0, 0.3, 0, 4], [-0.3, -2.0, 0, 3], [0, 0, 3.5, -4], [0, 0, 0, 1]])
+    for number, patient in enumerate(PATIENTS):
+        (ct,), label = volumes(number, 1)
+        uptake = (label == 2) * 8.0 + 1.0
+        shape = (22, 24, 14)
+        there = grid_of(shape, turned, AFFINE)
+        pet = map_coordinates(uptake, there, order=1, mode="nearest").reshape(shape)
+        pet += np.random.default_rng(number).uniform(0, 0.1, shape)
+        for key, voxels, affine in (
+            ("ct", ct, AFFINE),
+            ("pet", pet.astype(np.float32), turned),
+            ("seg", label, AFFINE),
+        ):
+            save(source / patient / f"{patient}_{key}.nii.gz", voxels, affine)
+    refused = CliRunner().invoke(app, ["new-bundle", str(tmp_path / "bundle"), "--data", str(source)])
+    assert refused.exit_code == 1
+    assert "monai-cggm align" in " ".join(refused.output.split())
+
+    command("align", source, out, "--reference", "ct", "--modalities", "ct,pet", "--workers", 0)
+    for patient in PATIENTS:
+        before, after = (nib.load(root / patient / f"{patient}_pet.nii.gz") for root in (source, out))
+        np.testing.assert_allclose(after.affine, AFFINE, atol=1e-5)
+        pet, places = np.asarray(before.dataobj), grid_of(after.shape, AFFINE, turned)
+        inside = ((places >= 0) & (places <= np.array(pet.shape)[:, None] - 1)).all(axis=0)
+        assert 0.5 < inside.mean() < 1
+        expected = map_coordinates(pet, places, order=1)
+        np.testing.assert_allclose(np.asarray(after.dataobj).ravel()[inside], expected[inside], atol=1e-4)
+        ct, label = (nib.load(out / patient / f"{patient}_{key}.nii.gz") for key in ("ct", "seg"))
+        (unmoved,), truth = volumes(PATIENTS.index(patient), 1)
+        np.testing.assert_array_equal(ct.dataobj, unmoved)
+        np.testing.assert_array_equal(label.dataobj, truth)
+
+    folder = made(tmp_path, out)
+    assert yaml.safe_load((folder / "configs/train.yaml").read_text())["modalities"] == ["ct", "pet"]
+    started(folder, tmp_path / "run", epochs=1, val_interval=1, image_interval=1, warmup_epochs=0)
+    (step,) = pd.read_csv(tmp_path / "run/iterations.csv").to_dict("records")
+    assert np.isfinite([step["train/loss"], step["loss/ct"], step["loss/pet"]]).all()
+    assert min(step["gradient_norm/ct"], step["gradient_norm/pet"]) > 0
+
+
+def grid_of(shape: tuple[int, ...], affine: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where the voxels of one grid lie among those of another, (3, voxels)."""
+    voxels = np.indices(shape).reshape(3, -1)
+    world = affine[:3, :3] @ voxels + affine[:3, 3:]
+    return np.linalg.solve(other[:3, :3], world - other[:3, 3:])
 
 
 def truncated(path: Path) -> Path:
