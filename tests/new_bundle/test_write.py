@@ -19,7 +19,7 @@ from monai_cggm.cli import app
 from monai_cggm.discovery import discover
 from monai_cggm.errors import DataError
 from monai_cggm.new_bundle import NewBundle, Wishes, new_bundle
-from tests.new_bundle.folders import PATIENTS, bids, folders, msd, nnunet, volumes
+from tests.new_bundle.folders import CUBES, PATIENTS, bids, folders, msd, nnunet, volumes
 
 #: an even smaller network and budget, for tests
 TINY = ["encoder#width=8", "encoder#aspp_channels=8", "decoder_channels=8", "low_reduced=4", "slices_per_volume=2"]
@@ -221,25 +221,53 @@ def test_a_trained_bundle_segments_in_the_values_and_grid_of_the_data(tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.real_data
 def test_multiple_sclerosis_as_it_lies(real_data, tmp_path, monkeypatch):
-    """Real files with long names, three patients, a binary label: two commands."""
+    """Real files with long names, three patients, a binary label: two commands, and what they say in the end."""
     source = real_data / "ms_lesions"
     if not source.is_dir():
         pytest.skip("needs ms_lesions in MONAI_CGGM_TEST_DATA")
     monkeypatch.chdir(tmp_path)
-    command("new-bundle", "bundle", "--data", source, "--network", "small", "--spatial-dims", 2, "--region", "lesion=1")
+    text = command("new-bundle", "bundle", "--data", source, "--network", "small", "--region", "lesion=1")
+    assert "patches (not far from cubes): voxels are 1 × 1 × 1 mm" in text
     config = train_config(tmp_path / "bundle")
     assert (config["labels"], config["num_classes"], config["regions"]) == ("0=0,1=1", 2, {"lesion": [1]})
+    assert config["encoder#spatial_dims"] == 3
+    # large patches that do not overlap, in so few channels: seconds for a whole brain
+    settings = [value for value in TINY if "slices" not in value and "width" not in value]
+    settings += ["encoder#width=4", "patches_per_volume=1", "patch_size=[64,64,64]", "patch_overlap=0.0"]
     command("compare", "bundle/study.yaml", "--data", "bundle/datalist.json", "--out", "comparison", "--arms", "joint",
-            *(part for value in TINY for part in ("--set", value)))  # fmt: skip
+            *(part for value in settings for part in ("--set", value)))  # fmt: skip
     scores = pd.read_csv(tmp_path / "comparison/cells/joint/split-seed0/scores.csv")
-    assert len(scores[scores["predictor"] == "fusion"]) == 15
+    fusion = scores[scores["predictor"] == "fusion"]
+    assert len(fusion) == 15
     assert scores["dice_lesion"].between(0, 1).all()
+
+    assert_reported(tmp_path / "comparison", fusion.set_index("subset"), "flair+t1+t1ce+t2")
+    written = [path for path in (tmp_path / "comparison").rglob("report.*")]
+    assert not any(str(real_data) in path.read_text() for path in written)
+
+
+def assert_reported(folder: Path, scores: pd.DataFrame, whole: str) -> None:
+    """The tables and pages of a comparison of one arm and one test case have its scores, given by subset."""
+    dice, hd95 = scores.loc[whole, ["dice_lesion", "hd95_lesion"]]
+    (full,) = pd.read_csv(folder / "tables/full_set.csv").to_dict("records")
+    assert (full["arm"], full["splits"], full["seeds"], full["cases"]) == ("joint", 1, 1, 1)
+    assert (full["dice_lesion"], full["hd95_lesion"]) == pytest.approx((dice, hd95), abs=1e-6)
+    (subsets,) = pd.read_csv(folder / "tables/subsets.csv").to_dict("records")
+    assert {name: subsets[name] for name in scores.index} == pytest.approx(dict(scores["dice_lesion"]), abs=1e-6)
+    assert subsets["missing_3"] == pytest.approx(scores.loc[["flair", "t1", "t1ce", "t2"], "dice_lesion"].mean())
+    row = ["joint training", f"{dice:.3f} ± –", f"{dice:.3f} ± –", f"{hd95:.1f} ± –", "0 of 1", "1", "1", "1"]
+    plain, page = ((folder / f"report.{ending}").read_text() for ending in ("md", "html"))
+    assert f"| {' | '.join(row)} |" in plain
+    assert row in [re.findall(r"<t[hd][^>]*>([^<]*)", line) for line in page.splitlines() if line.startswith("<tr>")]
+    assert "<img" in page
+    assert not re.search(r"(src|href)=.https?:", page)
 
 
 def cubes(root: Path) -> Path:
     """Voxels that are cubes: patches."""
-    return folders(root, affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    return folders(root, affine=CUBES)
 
 
 def test_patches_where_voxels_are_cubes(tmp_path):
@@ -248,7 +276,7 @@ def test_patches_where_voxels_are_cubes(tmp_path):
         ConfigParser.load_config_files(str(bundle.folder / f"configs/{name}.yaml")) for name in ("train", "inference")
     )
     for config in (train, inference):
-        assert config["encoder"]["spatial_dims"] == 3
+        assert config["encoder#spatial_dims"] == 3
         assert config["patch_size"] == [32, 48, 16]
         assert not {"slice_size", "slices_per_volume", "tumour_free_share", "slices_at_once"} & set(config)
         assert str(config["memory_format"]) == "$torch.contiguous_format"
