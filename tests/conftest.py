@@ -7,6 +7,8 @@ import os
 # at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# MONAI imports MLflow wherever it is installed, and MLflow reports on its use.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import random
 import socket
