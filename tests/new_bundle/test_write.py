@@ -276,7 +276,7 @@ def test_patches_where_voxels_are_cubes(tmp_path):
         ConfigParser.load_config_files(str(bundle.folder / f"configs/{name}.yaml")) for name in ("train", "inference")
     )
     for config in (train, inference):
-        assert config["encoder#spatial_dims"] == 3
+        assert config["encoder"]["spatial_dims"] == 3
         assert config["patch_size"] == [32, 48, 16]
         assert not {"slice_size", "slices_per_volume", "tumour_free_share", "slices_at_once"} & set(config)
         assert str(config["memory_format"]) == "$torch.contiguous_format"
