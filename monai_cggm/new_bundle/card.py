@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 from monai_cggm.data.checks import format_shape
@@ -68,7 +69,7 @@ auxiliary losses; {plan.epochs} epochs of {plan.volumes_per_batch} cases × {pla
 {" × ".join(map(str, plan.size))}. Every number is in `configs/train.yaml`.
 
 ```bash
-cd {name}
+cd {shlex.quote(name)}
 python -m monai.bundle run --config_file configs/train.yaml --run_dir runs/recipe
 tensorboard --logdir runs
 ```

@@ -27,6 +27,13 @@ from monai_cggm.resources import share_path
 TEMPLATE = "bundles/brats_cggm"
 STUDY, SPLIT = "study.yaml", "split.json"
 
+#: File of the bundle -> what it is a copy of.
+_COPIED = {
+    "LICENSE": f"{TEMPLATE}/LICENSE",
+    "configs/logging.conf": f"{TEMPLATE}/configs/logging.conf",
+    "configs/mlflow.json": "configs/tracking/mlflow.json",
+}
+
 
 @dataclass(frozen=True)
 class NewBundle:
@@ -104,9 +111,9 @@ def new_bundle(
     for name, text in files.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
-    for name in ("LICENSE", "configs/logging.conf"):
+    for name, source in _COPIED.items():
         with atomic_path(folder / name) as temporary:
-            shutil.copyfile(share_path(f"{TEMPLATE}/{name}"), temporary)
+            shutil.copyfile(share_path(source), temporary)
     return NewBundle(folder, plan, survey, parts, unlabelled)
 
 

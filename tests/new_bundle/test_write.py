@@ -45,6 +45,7 @@ def test_a_bundle_is_complete_and_says_what_was_found(tmp_path):
     bundle = made(tmp_path, folders(tmp_path / "data"), regions={"all": [1, 2], "core": [1]}, title="Two zones")
     names = {str(path.relative_to(bundle.folder)) for path in bundle.folder.rglob("*") if path.is_file()}
     configs = {"train.yaml", "evaluate.yaml", "inference.yaml", "multi_gpu_train.yaml", "metadata.json", "logging.conf"}
+    configs |= {"mlflow.json"}
     assert names == {f"configs/{name}" for name in configs} | {
         *("LICENSE", "datalist.json", "split.json", "study.yaml", "docs/README.md", "docs/data_license.txt")
     }
@@ -145,6 +146,15 @@ def test_the_parts_of_a_datalist_are_kept(tmp_path):
     assert (split["train"], split["validation"], split["test"]) == (["p01", "p02"], ["p03"], ["p04"])
 
 
+def test_commands_are_quoted_where_a_path_has_spaces(tmp_path, monkeypatch):
+    folders(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    text = command("new-bundle", "my bundle", "--data", "data", "--network", "small")
+    assert "  monai-cggm compare 'my bundle/study.yaml' --data 'my bundle/datalist.json' --out comparison\n" in text
+    assert "  cd 'my bundle' && python -m monai.bundle run" in text
+    assert "\ncd 'my bundle'\n" in (tmp_path / "my bundle/docs/README.md").read_text()
+
+
 def test_the_command_prints_what_it_found_and_what_comes_next(tmp_path):
     source = folders(tmp_path / "data")
     out = tmp_path / "bundle"
@@ -154,6 +164,7 @@ def test_the_command_prints_what_it_found_and_what_comes_next(tmp_path):
     assert re.search(r"modalities\s+t2, adc", text)
     assert re.search(r"spacing \(mm\)\s+1 × 1 × 5 \(4 cases\)", text)
     assert re.search(r"slices along head-feet \(coarse\)", text)
+    assert re.search(r"orientation\s+LPS \(4 cases\), turned to LPS", text)
     assert f"monai-cggm compare {out / 'study.yaml'}" in text.replace("\n", "")
     for option, value, message in (
         ("--modality", "flair", "--modality is 'flair': expected different names, such as flair="),
