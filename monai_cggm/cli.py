@@ -281,7 +281,8 @@ def align(
         str | None, typer.Option(help="Sequence on which labels were drawn; default: the reference.")
     ] = None,
     fill: Annotated[
-        str, typer.Option(help="Values outside the field of view, such as ct=-1000; default: the image's minimum.")
+        str,
+        typer.Option(help="Values outside the field of view, such as ct=-1000; default: 0, or a lower minimum."),
     ] = "",
     workers: Annotated[
         int, typer.Option(min=0, help="Processes, a case each at a time; 0: none beside this one.")

@@ -57,7 +57,9 @@ def test_new_cases_go_into_inference(tmp_path: Path) -> None:
 def test_labelled_cases(tmp_path: Path) -> None:
     for key in ("flair", "t1"):
         image(tmp_path / f"set/a/{key}.nii.gz")
-    assert "has a label: expected a file with seg, mask" in run(tmp_path / "out", "--data", tmp_path / "set").stderr
+    refused = " ".join(run(tmp_path / "out", "--data", tmp_path / "set").stderr.split())
+    assert "has a label: expected a file with seg, mask" in refused
+    assert refused.endswith("new cases to predict need none (monai-cggm datalist --no-labels)")
     sitk.WriteImage(sitk.ReadImage(str(tmp_path / "set/a/t1.nii.gz")) > 500, str(tmp_path / "set/a/seg.nii.gz"))
     result = run(tmp_path / "out", "--data", tmp_path / "set", "--copy")
     assert result.exit_code == 0, result.output

@@ -29,13 +29,13 @@ from monai_cggm.discovery.found import FoundCase, Source
 from monai_cggm.discovery.sources import files_of
 from monai_cggm.errors import CaseError
 
-_FORMAT = 1
+_FORMAT = 2
 
+#: interpolation with splines goes so far beyond the values at an edge, of the highest one, at most
+_RINGING = 0.1
 
-_N4_SHRINK = 4
-
-
-_N4_FEWEST = 8
+#: N4 takes every so many voxels along an axis, as its field is slow, and leaves so many at least
+_N4_SHRINK, _N4_FEWEST = 4, 8
 
 
 def align_case(case: FoundCase, out: Path, settings: AlignSettings) -> None:
@@ -168,7 +168,7 @@ def _case_label(case: FoundCase, source: Source) -> sitk.Image:
 
 def _fill_value(case: FoundCase, name: str, image: sitk.Image, settings: AlignSettings) -> float:
     voxels = sitk.GetArrayViewFromImage(image)
-    value = float(settings.fill.get(name, voxels.min()))
+    value = float(settings.fill.get(name, _background(voxels)))
     if (
         np.issubdtype(voxels.dtype, np.integer)
         and voxels.dtype.type(np.clip(value, *pixel_limits(voxels.dtype))) != value
@@ -176,6 +176,12 @@ def _fill_value(case: FoundCase, name: str, image: sitk.Image, settings: AlignSe
         message = f"{name} holds {voxels.dtype} voxels, which cannot be the fill value {value:g}"
         raise CaseError(case.case_id, message, case.images[name].path)
     return value
+
+
+def _background(voxels: np.ndarray) -> float:
+    """0, as training takes it; where values go far below, as in CT and not by an interpolation, the smallest."""
+    lowest, highest = float(voxels.min()), float(voxels.max())
+    return lowest if lowest < -_RINGING * max(highest, 0.0) else 0.0
 
 
 def _bias_corrected(case: FoundCase, name: str, image: sitk.Image) -> sitk.Image:

@@ -36,7 +36,8 @@ class AlignSettings:
         spacing: voxel size of the new grid in mm, None for the reference's own.
         label_interpolation: ``nearest`` or ``gaussian`` (the most likely label, smoother outlines).
         label_on: the modality on which the label was drawn and with which it moves, None for the reference.
-        fill: modality -> value outside its field of view and its mask, the image's own minimum for the others.
+        fill: modality -> value outside its field of view and its mask; for the others 0, or the image's own minimum
+            where that is below minus a tenth of its maximum.
 
     Raises:
         DataError: lists everything that does not fit together.

@@ -217,7 +217,7 @@ def _missing(
     if need_label and len(without) == len(training):
         problems.append(
             f"no case in {path} has a label: expected a file with seg, mask, label or lesion in its name; give a label "
-            "pattern, such as *expert*"
+            "pattern, such as *expert*; new cases to predict need none (monai-cggm datalist --no-labels)"
         )
     elif need_label and without:
         problems.append(f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}")

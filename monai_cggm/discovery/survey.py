@@ -218,7 +218,7 @@ def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
             problems.append((LABEL, str(error)))
         unknown = sorted(set(counts) - set(found.label_names)) if found.label_names else []
         if unknown:
-            problems.append((LABEL, f"has values {unknown} that dataset.json does not name"))
+            problems.append((LABEL, f"has values {unknown} that the list of labels does not name"))
     first = next(iter(grids.values()), None)
     paths = {key: source.path for key, source in case.sources().items()}
     return CaseSurvey(
@@ -264,8 +264,8 @@ def _look_at_images(sources: Mapping[str, Source]) -> tuple[dict[str, Intensitie
 
 def _corners(image: np.ndarray) -> float:
     ends = [(slice(0, size), slice(-size, None)) for size in (math.ceil(n * _CORNER) for n in image.shape)]
-    highest = sorted(float(image[corner].max()) for corner in itertools.product(*ends))
-    return highest[3]
+    # half of them may hold something else: a table lies in four
+    return sorted(float(image[corner].max()) for corner in itertools.product(*ends))[3]
 
 
 def _grid_problems(grids: Mapping[str, Grid]) -> tuple[dict[str, str], str]:

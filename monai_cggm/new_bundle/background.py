@@ -12,9 +12,9 @@ from monai_cggm.discovery import Intensities, Survey
 from monai_cggm.errors import DataError
 from monai_cggm.new_bundle.texts import as_text
 
-#: Air in Hounsfield units. Corners of CT hold air with its noise, or what a scanner puts outside its circle, which is
-#: lower; lungs begin above the second number.
-_AIR, _HIGHEST_AIR = -1000.0, -900.0
+#: Air in Hounsfield units with its noise; lungs begin above it. It is not what the corners hold: outside of a scanner's
+#: circle they hold padding without noise, while the air inside has some.
+_AIR = -900.0
 
 #: Interpolation with splines goes so far beyond the values at an edge, of the highest one, at most.
 _RINGING = 0.1
@@ -30,12 +30,11 @@ def choose_floors(
     holds for all cases:
 
     - No value is negative: no floor.
-    - The corners are at -900 or lower: air in Hounsfield units. The floor is -1000, or what the corners hold above
-      that, noise; a scanner's padding is lower.
+    - The corners are at -900 or lower: air in Hounsfield units, whose noise goes as far as that.
     - The smallest value is the same in all volumes and fills their corners: that one (CT cut off at -160).
     - The corners hold 0, and no value is as low as air: no floor (z-scores within a mask).
-    - Negative values are small, a tenth of the highest value at most, and the modality is not called ct: no floor
-      (ringing of an interpolation).
+    - Negative values are small, a tenth of the highest value at most, and there is no ct in the modality's name: no
+      floor (ringing of an interpolation).
 
     Args:
         survey: of the labelled cases.
@@ -53,7 +52,7 @@ def choose_floors(
         >>> from monai_cggm.discovery import CaseSurvey
         >>> case = CaseSurvey("p01", intensities={"ct": Intensities(-1024, 2000, -1020), "pet": Intensities(0, 9, 0)})
         >>> choose_floors(Survey((case,)), ("ct", "pet"), {})
-        ({'ct': -1000.0}, {'ct': '-1000 and below: air in Hounsfield units'})
+        ({'ct': -900.0}, {'ct': '-900 and below: air in Hounsfield units'})
     """
     problems = [f"floor of {key}: expected one of {', '.join(modalities)}" for key in wanted if key not in modalities]
     problems += [
@@ -72,8 +71,8 @@ def choose_floors(
         except ValueError as error:
             problems.append(
                 f"{key} has negative values, and where its background ends cannot be told: {error}; say it: --floor "
-                f"{key}=-1000 for air in CT, another number that is not below the background, or --floor {key}=none "
-                "where the background is 0"
+                f"{key}={plain_number(_AIR)} for air in CT, --floor {key}=none where the background is 0, or else the "
+                f"highest value of the background"
             )
             continue
         if floor is not None:
@@ -133,14 +132,14 @@ def _floor(key: str, values: Mapping[str, Intensities]) -> tuple[float | None, s
     lowest = min((image.lowest for image in values.values()), default=0.0)
     if lowest >= 0:
         return None, ""
-    if max(corners.values()) <= _HIGHEST_AIR:
-        return max(_AIR, *corners.values()), "air in Hounsfield units"
+    if max(corners.values()) <= _AIR:
+        return _AIR, "air in Hounsfield units"
     if all(image.lowest == image.corners == lowest for image in values.values()):
         return lowest, "the smallest value of all volumes, which fills their corners"
-    if set(corners.values()) == {0} and lowest > _HIGHEST_AIR:
+    if set(corners.values()) == {0} and lowest > _AIR:
         return None, "it fills the corners of all volumes; negative values belong to the object"
     small = all(image.lowest >= -_RINGING * image.highest for image in values.values())
-    if small and key.split("_")[0] != "ct":
+    if small and "ct" not in key:
         return None, "negative values are small, as interpolation makes them"
     low, high = min(corners, key=corners.__getitem__), max(corners, key=corners.__getitem__)
     raise ValueError(

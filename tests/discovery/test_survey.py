@@ -203,7 +203,7 @@ def test_labels_that_dataset_json_does_not_name(tmp_path: Path) -> None:
     for number in (0, 1):
         image(tmp_path / f"imagesTr/a_000{number}.nii.gz")
     label(tmp_path / "labelsTr/a.nii.gz")
-    assert "case a: label has values [2] that dataset.json does not name" in survey_problem(tmp_path)
+    assert "case a: label has values [2] that the list of labels does not name" in survey_problem(tmp_path)
 
 
 def test_a_label_in_a_channel(tmp_path: Path) -> None:

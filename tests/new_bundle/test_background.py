@@ -90,20 +90,33 @@ def test_ct_keeps_water_and_fat_and_only_air_is_background(name, bundle):
     np.testing.assert_allclose(image[1], z_scores(np.choose(body(), [0, 1, 1, 4]), body() > 0)[box], atol=2e-3)
 
 
+def test_noisy_air_beside_a_scanner_s_padding_is_background(tmp_path):
+    """Outside of its circle a scanner writes a number without noise, and inside of it air has noise."""
+    noise = np.random.default_rng(0).normal(0, 15, SHAPE)
+    ct = np.choose(body(), [AIR, FAT, WATER, LESION]) + np.where(body(), 0, noise)
+    for side in (slice(0, 2), slice(-2, None)):
+        ct[side, :2] = ct[side, -2:] = -1024
+    bundle = made(tmp_path, written(tmp_path / "data", {"CT": ct.astype(np.int16), "PET": body().astype(np.float32)}))
+    image = prepared(bundle, "train")
+    assert image.shape[1:] == (17, 13, 4)  # the body's
+    expected = z_scores(np.choose(body(), [AIR, FAT, WATER, LESION]).astype(float), body() > 0)[3:20, 4:17, 1:5]
+    np.testing.assert_allclose(image[0], expected, atol=2e-3)
+
+
 def test_the_floor_is_a_number_that_a_user_reads_and_changes(bundle):
     for name in ("train", "inference"):
         config = yaml.safe_load((bundle.folder / f"configs/{name}.yaml").read_text())
-        assert config["floors"] == {"ct": -1000}
+        assert config["floors"] == {"ct": -900}
         parser = ConfigParser()
         parser.read_config(str(bundle.folder / f"configs/{name}.yaml"))
         parser["floors#ct"] = FAT
         step = next(s for s in parser.get_parsed_content("preprocessing").transforms if "Scale" in type(s).__name__)
         np.testing.assert_array_equal(step({"ct": np.array([[AIR, FAT, WATER]])})["ct"], [[0, 0, 100]])
         assert step({}) == {}
-    assert "in ct -1000 and below" in (bundle.folder / "docs/README.md").read_text()
+    assert "in ct -900 and below" in (bundle.folder / "docs/README.md").read_text()
     metadata = json.loads((bundle.folder / "configs/metadata.json").read_text())
-    assert "-1000 and below in ct" in metadata["image_classes"]
-    assert bundle.plan.reasons["background of ct"] == "-1000 and below: air in Hounsfield units"
+    assert "-900 and below in ct" in metadata["image_classes"]
+    assert bundle.plan.reasons["background of ct"] == "-900 and below: air in Hounsfield units"
     assert "background of pet" not in bundle.plan.reasons
     assert bundle.plan.size == (32, 32)  # of 24 voxels along the longer axis, with the table
 
@@ -146,9 +159,9 @@ def decided(*values: tuple[float, float, float], key: str = "ct", **wanted: floa
     [
         ([(0, 9, 0), (3, 9, 5)], {}),
         ([(-3, 4, 0), (-2, 5, 0)], {}),  # z-scores within a mask
-        ([(-1024, 3000, -1024), (-3024, 2000, -3024), (-1000, 1500, -1000)], {"ct": -1000}),
-        ([(-1040, 2000, -975), (-1024, 2000, -982)], {"ct": -975}),  # as far as the noise of air goes
-        ([(-3024, 2000, -3024), (-3024, 2000, -3024)], {"ct": -1000}),  # what lies outside of a scanner's circle
+        ([(-1024, 3000, -1024), (-3024, 2000, -3024), (-1000, 1500, -1000)], {"ct": -900}),
+        ([(-1040, 2000, -975), (-1024, 2000, -982)], {"ct": -900}),  # with the noise of air
+        ([(-3024, 2000, -3024), (-3024, 2000, -3024)], {"ct": -900}),  # what lies outside of a scanner's circle
         ([(-160, 240, -160), (-160, 239, -160)], {"ct": -160}),  # cut off
     ],
 )
@@ -159,7 +172,7 @@ def test_what_the_data_say(values, floors):
 def test_ringing_is_no_background():
     rung = [(-30, 800, 12), (-2, 700, -1)]
     assert decided(*rung, key="t1") == {}
-    for key, values in (("t1", [*rung, (-90, 800, 12)]), ("ct_lung", rung)):
+    for key, values in (("t1", [*rung, (-90, 800, 12)]), ("ct_lung", rung), ("cta", rung)):
         with pytest.raises(DataError, match="cannot be told"):
             decided(*values, key=key)
 
@@ -180,7 +193,7 @@ def test_where_the_data_do_not_tell_the_user_does(values, text):
     with pytest.raises(DataError) as error:
         decided(*values)
     assert text in str(error.value)
-    assert "--floor ct=-1000 for air in CT" in str(error.value)
+    assert "--floor ct=-900 for air in CT" in str(error.value)
     assert "--floor ct=none where the background is 0" in str(error.value)
     assert decided(*values, ct=-1000.0) == {"ct": -1000}
     assert decided(*values, ct=None) == {}
