@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich import box
@@ -308,9 +308,7 @@ def align(
 
     found = discover(
         source,
-        patterns=_patterns(modality),
-        label_pattern=label,
-        modalities=_names(modalities) if modalities else None,
+        **_chosen_files(modality, label, modalities),
         need_label=not no_labels,
         keep_bad=True,
     )
@@ -419,9 +417,7 @@ def new_bundle(
 
     found = discover(
         data,
-        patterns=_patterns(modality),
-        label_pattern=label,
-        modalities=_names(modalities) if modalities else None,
+        **_chosen_files(modality, label, modalities),
         allow_missing=allow_missing,
     )
     for note in found.notes:
@@ -482,9 +478,7 @@ def datalist(
 
     found = discover(
         data,
-        patterns=_patterns(modality),
-        label_pattern=label,
-        modalities=_names(modalities) if modalities else None,
+        **_chosen_files(modality, label, modalities),
         need_label=not no_labels,
         allow_missing=allow_missing,
     )
@@ -536,9 +530,7 @@ def to_nnunet(
 
     found = discover(
         data,
-        patterns=_patterns(modality),
-        label_pattern=label,
-        modalities=_names(modalities) if modalities else None,
+        **_chosen_files(modality, label, modalities),
         need_label=split is None,  # a split lists the labelled cases
         allow_missing=True,  # refused by write_nnunet, all of them at once and with the reason
     )
@@ -560,6 +552,15 @@ def to_nnunet(
             f"The fold: after nnUNetv2_plan_and_preprocess, copy {made.splits} to "
             f"$nnUNet_preprocessed/{made.folder.name}, and train with fold 0."
         )
+
+
+def _chosen_files(modality: list[str] | None, label: str | None, modalities: str | None) -> dict[str, Any]:
+    """The arguments of discover that say which files are what."""
+    return {
+        "patterns": _patterns(modality),
+        "label_pattern": label,
+        "modalities": _names(modalities) if modalities else None,
+    }
 
 
 def _patterns(texts: list[str] | None) -> dict[str, str]:

@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import logging
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +37,7 @@ from monai.engines import SupervisedTrainer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from timing import check_device, clock_of, processor
 
 from monai_cggm.analysis.cells import ALONE
 from monai_cggm.compare.study import Arm, Study, find_file, read_study
@@ -68,10 +68,7 @@ def main(
     unknown = [name for name in chosen if name not in ways]
     if unknown:
         raise typer.BadParameter(f"no arm {', '.join(unknown)}; there are {', '.join(ways)}")
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("PyTorch sees no GPU: use --device cpu")
+    check_device(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_phantoms(folder / "phantoms", cases=CASES, shape=(80, 80, 60), spacing=2.0)
@@ -146,23 +143,6 @@ def write_teachers(made: ConfigWorkflow, modalities: Sequence[str], run_dir: Pat
         teacher.mkdir(parents=True)
         state = kind(**{**plain, "modalities": members}).state_dict()
         torch.save({"model": state, "epoch": 1}, teacher / "model.pt")
-
-
-def processor(device: str) -> str:
-    """Name what steps are timed on."""
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-
-
-def clock_of(device: str) -> Callable[[], float]:
-    """Return a clock in seconds: CPU time of this process, or wall-clock time once the GPU has done its work."""
-    if device == "cpu":
-        return time.process_time
-
-    def when_done() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return when_done
 
 
 def take_turns(

@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from monai.engines import SupervisedTrainer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from timing import check_device, clock_of, processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
@@ -82,6 +82,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
 ) -> None:
     """Time what balancing adds to a training step, and how a step grows."""
+    check_device(device)
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
     chosen = ["joint", *(way for way in ways.split(",") if way != "joint")]
@@ -97,7 +98,7 @@ def main(
             name: bench(size, chosen, rounds, torch.device(device), progress, name) for name, size in asked.items()
         }
     machine = {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "processor": processor(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": threads,
@@ -214,13 +215,7 @@ def step(trainer: SupervisedTrainer, turn: int) -> None:
 
 def time_steps(trainer: SupervisedTrainer, times: list[float], device: torch.device) -> None:
     """Add the milliseconds of each step to ``times``: CPU time, or on a GPU time with everything finished."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
+    now = clock_of(device.type)
     started: list[float] = []
     trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lambda _engine: started.append(now()))
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _engine: times.append((now() - started.pop()) * 1e3))

@@ -48,6 +48,7 @@ from monai.engines import SupervisedTrainer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from timing import check_device, clock_of, processor
 from torch.profiler import ProfilerActivity, profile
 
 from monai_cggm.data.phantom import write_phantoms
@@ -152,10 +153,7 @@ def main(
 
 def check_choice(device: str, size: str, method: str, ways: str | None, volumes: int | None) -> list[str]:
     """Return the overlays that were asked for; refuse what does not exist."""
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("PyTorch sees no GPU: use --device cpu")
+    check_device(device)
     if size not in SIZES:
         raise typer.BadParameter(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     if volumes is not None and volumes % 2:
@@ -199,7 +197,7 @@ def bench(plan: Plan, ways: Sequence[str], scaling: bool) -> dict[str, Any]:
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; a load above the number of processes that are measured makes them preliminary."""
     return {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "processor": processor(device),
         "cores": cores(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
@@ -299,18 +297,6 @@ def time_ways(plan: Plan, ways: Sequence[str], progress: Progress) -> dict[str, 
         "quartiles_ms": {way: [round(float(q), 2) for q in np.quantile(v, [0.25, 0.75])] for way, v in times.items()},
         "times_plain": {way: round(value / medians[PLAIN], 3) for way, value in medians.items()},
     }
-
-
-def clock_of(device: str) -> Callable[[], float]:
-    """Return a clock in seconds: CPU time of this process, or wall-clock time once the GPU has done its work."""
-    if device == "cpu":
-        return time.process_time
-
-    def when_done() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return when_done
 
 
 def take_turns(

@@ -27,12 +27,10 @@ from monai_cggm.data.checks import image_problem
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.discovery.found import FoundCase, Source
 from monai_cggm.discovery.sources import files_of
+from monai_cggm.discovery.survey import RINGING
 from monai_cggm.errors import CaseError
 
 _FORMAT = 2
-
-#: interpolation with splines goes so far beyond the values at an edge, of the highest one, at most
-_RINGING = 0.1
 
 #: N4 takes every so many voxels along an axis, as its field is slow, and leaves so many at least
 _N4_SHRINK, _N4_FEWEST = 4, 8
@@ -181,7 +179,7 @@ def _fill_value(case: FoundCase, name: str, image: sitk.Image, settings: AlignSe
 def _background(voxels: np.ndarray) -> float:
     """0, as training takes it; where values go far below, as in CT and not by an interpolation, the smallest."""
     lowest, highest = float(voxels.min()), float(voxels.max())
-    return lowest if lowest < -_RINGING * max(highest, 0.0) else 0.0
+    return lowest if lowest < -RINGING * max(highest, 0.0) else 0.0
 
 
 def _bias_corrected(case: FoundCase, name: str, image: sitk.Image) -> sitk.Image:

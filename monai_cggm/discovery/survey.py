@@ -25,6 +25,9 @@ from monai_cggm.errors import DataError
 #: How many different values a label may have.
 MOST_LABELS = 256
 
+#: Interpolation with splines goes so far beyond the values at an edge, of the highest one, at most.
+RINGING = 0.1
+
 #: What of each axis a corner is.
 _CORNER = 1 / 32
 

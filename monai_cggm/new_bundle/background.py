@@ -9,15 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from monai_cggm.discovery import Intensities, Survey
+from monai_cggm.discovery.survey import RINGING
 from monai_cggm.errors import DataError
 from monai_cggm.new_bundle.texts import as_text
 
 #: Air in Hounsfield units with its noise; lungs begin above it. It is not what the corners hold: outside of a scanner's
 #: circle they hold padding without noise, while the air inside has some.
 _AIR = -900.0
-
-#: Interpolation with splines goes so far beyond the values at an edge, of the highest one, at most.
-_RINGING = 0.1
 
 
 def choose_floors(
@@ -138,7 +136,7 @@ def _floor(key: str, values: Mapping[str, Intensities]) -> tuple[float | None, s
         return lowest, "the smallest value of all volumes, which fills their corners"
     if set(corners.values()) == {0} and lowest > _AIR:
         return None, "it fills the corners of all volumes; negative values belong to the object"
-    small = all(image.lowest >= -_RINGING * image.highest for image in values.values())
+    small = all(image.lowest >= -RINGING * image.highest for image in values.values())
     if small and "ct" not in key:
         return None, "negative values are small, as interpolation makes them"
     low, high = min(corners, key=corners.__getitem__), max(corners, key=corners.__getitem__)

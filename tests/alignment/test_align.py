@@ -247,6 +247,21 @@ def test_another_spacing_keeps_the_field_of_view(root: Path, angles: tuple[float
     np.testing.assert_allclose(made.get_fdata()[inner], ramp[inner], atol=1e-3)
 
 
+@pytest.mark.parametrize(("lowest", "fill"), [(3.0, 0.0), (-80.0, 0.0), (-200.0, -200.0)])
+def test_outside_of_a_field_of_view_is_what_training_takes_for_background(
+    root: Path, lowest: float, fill: float
+) -> None:
+    """A little below 0 is an interpolation's ringing, far below is a background of the image's own."""
+    path = case_path(root, "t1")
+    image = nib.load(path)
+    values = np.clip(image.get_fdata(), 10, 1000).astype(np.float32)
+    values[5, 5, 5], values[6, 6, 6] = lowest, 1000
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+    run(root)
+    _, inside, doubtful = expected(path, output(root, "flair"), 1)
+    assert (voxels_of(output(root, "t1"))[~inside & ~doubtful] == fill).all()
+
+
 def test_a_fill_value_of_ones_own(root: Path) -> None:
     run(root, fill={"t1": -77.0})
     _, inside, doubtful = expected(case_path(root, "t1"), output(root, "flair"), 1)

@@ -10,6 +10,8 @@ from types import ModuleType
 def script_module(name: str) -> ModuleType:
     """Run ``scripts/<name>.py`` as a module of that name."""
     path = Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py"
+    if str(path.parent) not in sys.path:  # where Python finds what a script imports from beside it
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
