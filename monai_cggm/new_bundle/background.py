@@ -120,8 +120,9 @@ def with_background(text: str, floors: Mapping[str, float]) -> str:
     )
     text, settings = re.subn(r"(?m)^orientation: .*\n", lambda found: found[0] + setting, text)
     text, fills = re.subn(r"(?m)^  - .*\bFillMissingd\b", lambda found: steps + found[0], text)
-    if (settings, fills) != (1, 1):
-        raise ValueError("expected one orientation and one FillMissingd in the configuration")
+    text, checks = re.subn(r"(?m)(\bValidateCased, .*)\}$", r"\1,\n     floors: '@floors'}", text)
+    if (settings, fills, checks) != (1, 1, 1):
+        raise ValueError("expected one orientation, one ValidateCased and one FillMissingd in the configuration")
     return text
 
 

@@ -21,14 +21,16 @@ class ValidateCased(MapTransform):
     """Stop at a case that cannot be used; goes right after ``LoadImaged(..., ensure_channel_first=True)``.
 
     It refuses sequences that are absent (unless ``allow_missing_keys``), that hold more than one channel, NaN, infinite
-    or nothing but equal values, and sequences or a label on another grid than the first sequence. The volumes pass
-    through untouched.
+    or nothing but equal values, and sequences or a label on another grid than the first sequence; where a sequence has
+    a floor, also one that has no background, as CT has none that is not in Hounsfield units. The volumes pass through
+    untouched.
 
     Args:
         keys: the sequences, each ``(1, H, W, D)``.
         label_key: the label, ``(1, H, W, D)``; may be absent, as it is at inference.
         case_key: the case's ID.
         allow_missing_keys: accept a case that lacks some of its sequences, though not all.
+        floors: sequence -> value at which its background ends, of those whose background is not 0.
 
     Raises:
         CaseError: names the case, the file, what was found and what was expected.
@@ -47,10 +49,12 @@ class ValidateCased(MapTransform):
         label_key: str = "label",
         case_key: str = "case",
         allow_missing_keys: bool = False,
+        floors: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.label_key = label_key
         self.case_key = case_key
+        self.floors = dict(floors or {})
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a shallow copy of ``data``."""
@@ -68,6 +72,13 @@ class ValidateCased(MapTransform):
         for key, volume in images.items():
             if found := image_problem(volume):
                 raise CaseError(case, f"{key} {found}", _file_of(volume))
+            if key in self.floors and (lowest := float(volume.min())) > self.floors[key]:
+                raise CaseError(
+                    case,
+                    f"{key} has no background: found {lowest:g} as its lowest value, expected air or padding at "
+                    f"{self.floors[key]:g} and below; is it in the units of the training cases (Hounsfield, for CT)?",
+                    _file_of(volume),
+                )
         return dict(data)
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from monai_cggm.cli import app
 from monai_cggm.discovery import CaseSurvey, Intensities, Survey, discover, survey_cases
-from monai_cggm.errors import DataError
+from monai_cggm.errors import CaseError, DataError
 from monai_cggm.new_bundle import NewBundle, Wishes, new_bundle
 from monai_cggm.new_bundle.background import choose_floors, with_background
 from tests.new_bundle.folders import PATIENTS, save
@@ -121,6 +121,19 @@ def test_the_floor_is_a_number_that_a_user_reads_and_changes(bundle):
     assert bundle.plan.size == (32, 32)  # of 24 voxels along the longer axis, with the table
 
 
+@pytest.mark.parametrize("name", ["train", "inference"])
+def test_ct_in_other_units_is_refused_by_name(name, tmp_path):
+    source = ct_and_pet(tmp_path / "data")
+    bundle = made(tmp_path, source)
+    shifted = np.choose(body(), [AIR, FAT, WATER, LESION]).astype(np.int16) + 1024
+    for patient in PATIENTS:
+        save(source / patient / "CT.nii.gz", shifted)
+    with pytest.raises(RuntimeError, match="applying transform") as error:
+        prepared(bundle, name)
+    assert isinstance(error.value.__cause__, CaseError)
+    assert "ct has no background: found 24 as its lowest value" in str(error.value.__cause__)
+
+
 def test_z_scores_around_a_background_of_0_keep_their_dark_rim(tmp_path):
     """Somebody normalised within a mask: the rim of the object is below 0 in every modality, the background 0."""
     t1 = np.choose(body(), [0, -1.5, 0.25, 2]).astype(np.float32)
@@ -218,5 +231,5 @@ def test_wishes_that_are_none(tmp_path):
 def test_a_template_that_changed_is_noticed():
     with pytest.raises(ValueError, match="expected one crop"):
         with_background("orientation: LPS\n", {})
-    with pytest.raises(ValueError, match="expected one orientation and one FillMissingd"):
+    with pytest.raises(ValueError, match="expected one orientation, one ValidateCased"):
         with_background("crop: {_target_: C, keys: image, source_key: image}\n", {"ct": -1000})

@@ -74,6 +74,21 @@ def test_a_label_on_another_grid_is_named():
         ValidateCased(SEQUENCES)(_item(label=_volume((1, 4, 5, 5), file="p01_seg.nii")))
 
 
+def test_a_sequence_with_a_floor_has_background():
+    """CT of a lung that a viewer wrote with 1024 added: nothing in it is as low as air."""
+    ct = torch.linspace(-1000, 400, 24).reshape(1, 2, 3, 4)
+    case = {"case": "p01", "ct": ct, "pet": torch.arange(24.0).reshape(1, 2, 3, 4)}
+    validate = ValidateCased(keys=["ct", "pet"], floors={"ct": -900})
+    assert validate(case)["ct"] is ct
+    with pytest.raises(CaseError) as error:
+        validate(case | {"ct": ct + 1024})
+    assert str(error.value).startswith("case p01: ct has no background: found 24 as its lowest value, expected air or ")
+    assert "padding at -900 and below" in str(error.value)
+    assert set(validate(case | {"ct": torch.where(ct > -900, ct, -900.0)})) == {"case", "ct", "pet"}
+    del case["ct"]
+    assert set(ValidateCased(["ct", "pet"], allow_missing_keys=True, floors={"ct": -900})(case)) == {"case", "pet"}
+
+
 def test_absent_sequences_are_refused_unless_allowed():
     item = _item()
     del item["t1"]
