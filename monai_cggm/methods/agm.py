@@ -293,7 +293,8 @@ class AGM(Steering):
         totals, counts = self._totals.to(self._scores.device)
         coefficients = modulation_coefficients(self._scores, totals / counts, self.alpha, self.cap)
         known = self._scores.isfinite()
-        self._totals = torch.stack([totals + self._scores.nan_to_num(), counts + known])
+        # an infinite score would stay in the mean for ever
+        self._totals = torch.stack([totals + torch.where(known, self._scores, 0.0), counts + known])
         return coefficients
 
     def modulate(self, step: Step) -> None:

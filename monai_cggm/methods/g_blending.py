@@ -159,8 +159,8 @@ class GBlending(UnimodalObserver):
 
     Raises:
         ValueError: for fewer than two modalities, a path without ``{modality}``, a floor that is not positive; when the
-            run starts, for loaders without these names; in the first step, where :class:`AuxiliaryLosses` is attached
-            too, which sets the same weights.
+            run starts, for loaders without these names. (:class:`AuxiliaryLosses`, which set the same weights, refuse
+            this method.)
         DataError: when the run starts, for run folders that are missing or of other networks.
 
     Example:

@@ -19,10 +19,10 @@ from monai_cggm.networks.late import energy_weight
 SAMPLE_KEYS = ("case", "index")
 
 
-def ranking_loss(confidence: Tensor, history: Tensor) -> Tensor:
+def ranking_loss(confidence: Tensor, history: Tensor, partner: Tensor | None = None) -> Tensor:
     r"""Return how far the order of confidences is from that of the losses so far.
 
-    For each sample n and the next one, n', of the batch (the last one's is the first):
+    For each sample n and its partner n':
 
     .. math:: \max\big(0,\; |\bar l_n - \bar l_{n'}| - s (c_n - c_{n'})\big), \qquad
         s = \mathrm{sign}(\bar l_{n'} - \bar l_n)
@@ -32,6 +32,7 @@ def ranking_loss(confidence: Tensor, history: Tensor) -> Tensor:
     Args:
         confidence: c, ``(B,)``, differentiable.
         history: :math:`\bar l`, ``(B,)``, no graph.
+        partner: n' for each n, ``(B,)``, integers; None for the next sample of the batch (the last one's is the first).
 
     Returns:
         A scalar; 0 for fewer than two samples, and where all histories are equal.
@@ -40,9 +41,24 @@ def ranking_loss(confidence: Tensor, history: Tensor) -> Tensor:
         >>> ranking_loss(torch.tensor([0.5, 0.75]), torch.tensor([0.0, 0.5]))
         tensor(0.7500)
     """
-    ahead = history.roll(-1) - history
-    missing = ahead.abs() - ahead.sign() * (confidence - confidence.roll(-1))
+    other = torch.arange(len(history), device=history.device).roll(-1) if partner is None else partner
+    ahead = history[other] - history
+    missing = ahead.abs() - ahead.sign() * (confidence - confidence[other])
     return missing.clamp(min=0.0).sum() / max(len(confidence), 1)
+
+
+def next_of_another(names: Sequence[str]) -> list[int]:
+    """Return for each sample the place of the next one, round the batch, that has another name; else its own.
+
+    Slices of one case come one after another and share the case's history: as a pair they would have nothing to rank.
+
+    Example:
+        >>> next_of_another(["a", "a", "b"])
+        [2, 2, 0]
+    """
+    samples = len(names)
+    rounds = ([(n + step) % samples for step in range(samples)] for n in range(samples))
+    return [next((m for m in places if names[m] != names[places[0]]), places[0]) for places in rounds]
 
 
 class LossHistory:
@@ -124,8 +140,9 @@ class QMF(LateFusionMethod):
     The weights are differentiated, as in the authors' code for RGB-D scenes; their code for images with text detaches
     them in the fusion. The history is updated before the ranking, as in the latter: the other order divides 0 by 0 in
     the first step. For segmentation each voxel has its weight, and a sample's confidence and loss are means over its
-    voxels; slices of one case share the case's history. A sample that lacks a modality is not ranked for it. Under
-    several processes pairs are formed within a process's part of the batch, and the histories are everyone's.
+    voxels; slices of one case share the case's history, so that a sample's partner is the next one of another case. A
+    sample that lacks a modality is not ranked for it. Under several processes pairs are formed within a process's part
+    of the batch, and the histories are everyone's.
 
     Args:
         network: see :class:`LateFusionMethod`; ``combine`` must be ``"energy"``.
@@ -167,7 +184,7 @@ class QMF(LateFusionMethod):
         history = self.history.normalised(names)
         rank = torch.stack(
             [
-                ranking_loss(c[r], history[r, i].to(c))
+                ranking_loss(c[r], history[r, i].to(c), _partners(names, r))
                 for i, (c, r) in enumerate(zip(confidences, _rows(step), strict=True))
             ]
         ).sum()
@@ -230,6 +247,11 @@ def _rows(step: LateStep) -> list[Tensor]:
     """The samples that have each modality."""
     present = torch.ones(len(step.target), len(step.predictions)) if step.present is None else step.present
     return [column.nonzero().squeeze(1).to(step.target.device) for column in present.T]
+
+
+def _partners(names: Sequence[str], rows: Tensor) -> Tensor:
+    """The partners of some samples among themselves."""
+    return torch.tensor(next_of_another([names[row] for row in rows.tolist()]), dtype=torch.long, device=rows.device)
 
 
 def _means_over(values: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

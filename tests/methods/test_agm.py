@@ -196,6 +196,18 @@ def test_coefficients_against_numpy(modalities, alpha):
         np.testing.assert_allclose(c, coefficients_by_hand(scores, means, alpha, 1.5), rtol=1e-10)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_score_that_is_no_number_does_not_stay_in_the_means(bad):
+    (network, classifiers, measure, _), _ = problem("classes", 2)
+    method = AGM(network, classifiers, measure, alpha=1.0)
+    for scores in ([0.5, 0.1], [0.2, bad], [0.4, 0.3]):
+        method._scores = torch.tensor(scores, dtype=torch.float64)
+        c = method.terms(None)
+    # after two scores of the first, of mean 0.35, and one of the second
+    np.testing.assert_allclose(c, coefficients_by_hand([0.4, 0.3], [0.35, 0.1], 1.0), rtol=1e-10)
+    np.testing.assert_allclose(method.state_dict()["totals"], [[1.1, 0.4], [3, 2]])
+
+
 def test_coefficients_of_modalities_that_are_not_known():
     nan = float("nan")
     c = modulation_coefficients(torch.tensor([0.3, nan, 0.9]), torch.tensor([0.5, 0.1, 0.6]), 1.0)

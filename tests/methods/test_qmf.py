@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, margin_ranking_loss
 
-from monai_cggm.methods.qmf import QMF, LossHistory, ranking_loss, sample_names
+from monai_cggm.methods.qmf import QMF, LossHistory, next_of_another, ranking_loss, sample_names
 from tests.methods import late_toy, toy
 from tests.methods.late_toy import ABSENT, LOSSES, batches, metric_of, network_of, trainer
 
@@ -129,7 +129,9 @@ def total_by_hand(network, data, task, weight, *, weights_detached=False):
             scaled = [(means[batch["case"][s]] - low) / (high - low) for s in rows]
             own = [confidences[i][s].mean() for s in rows]
             for n in range(len(rows)):
-                other = (n + 1) % len(rows)
+                after = [m % len(rows) for m in range(n + 1, n + len(rows))]
+                others = [m for m in after if batch["case"][rows[m]] != batch["case"][rows[n]]]
+                other = others[0] if others else n
                 margin, sign = abs(scaled[n] - scaled[other]), np.sign(scaled[other] - scaled[n])
                 ranks = ranks + torch.relu(margin - sign * (own[n] - own[other])) / len(rows)
         total = total + weight * ranks
@@ -137,13 +139,17 @@ def total_by_hand(network, data, task, weight, *, weights_detached=False):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
-@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("data_are", ["complete", "lacking", "slices"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("modalities", [2, 3, 4])
-def test_loss_and_gradients_are_the_formulas(modalities, task, with_mask, weight):
+def test_loss_and_gradients_are_the_formulas(modalities, task, data_are, weight):
     data = batches(task, 3, modalities=modalities, dtype=torch.float64)
-    if with_mask:
+    if data_are == "lacking":
         late_toy.lacking(data, ABSENT[modalities])
+    if data_are == "slices":  # three in a row of one case
+        for batch in data:
+            batch["case"] = [batch["case"][0]] * 3 + batch["case"][3:]
+            assert len(set(batch["case"])) > 1
     network = network_of(task, "energy", modalities, dtype=torch.float64)
     method = QMF(network, metric_of(task), rank_weight=weight)
     found, row = late_toy.gradients_of_one_step(network, data, method, task=task)
@@ -158,6 +164,21 @@ def test_loss_and_gradients_are_the_formulas(modalities, task, with_mask, weight
     constant, _ = total_by_hand(network, data, task, weight, weights_detached=True)
     other = late_toy.by_autograd(network, constant)
     assert any((other[name] - gradient).abs().max() > 1e-4 for name, gradient in found.items())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("", []),
+        ("a", [0]),
+        ("aaa", [0, 1, 2]),
+        ("abc", [1, 2, 0]),
+        ("aaabbb", [3, 3, 3, 0, 0, 0]),
+        ("aabca", [2, 2, 3, 4, 2]),
+    ],
+)
+def test_partners_are_of_another_case(names, expected):
+    assert next_of_another(list(names)) == expected
 
 
 @pytest.mark.parametrize("task", TASKS)
