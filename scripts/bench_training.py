@@ -49,6 +49,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from timing import check_device, clock_of, processor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from monai_cggm.data.phantom import write_phantoms
@@ -391,7 +392,10 @@ def allocated_at_most(record: profile) -> int:
 def slowest_operations(record: profile, device: str) -> list[dict[str, Any]]:
     """The operations with the most time of their own: without that of the operations they call."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    averages = sorted(record.key_averages(), key=lambda entry: getattr(entry, own), reverse=True)
+    averages = list(record.key_averages())
+    if device == "cuda":  # a kernel's time is that of the operation that started it: it counts once
+        averages = [e for e in averages if e.device_type == DeviceType.CPU and not e.is_user_annotation]
+    averages.sort(key=lambda entry: getattr(entry, own), reverse=True)
     total = sum(getattr(entry, own) for entry in averages)
     return [
         {

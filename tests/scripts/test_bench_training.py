@@ -4,11 +4,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import typer
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -78,6 +79,33 @@ def test_memory_is_the_most_that_was_allocated_at_once(script):
         three = torch.empty(2**17)
         del three
     assert script.allocated_at_most(record) == 2 * 2**20
+
+
+def test_a_kernel_s_time_counts_once_on_a_gpu(script):
+    """The record names the operation, the kernel that it started and the annotation around both."""
+
+    def entry(key: str, milliseconds: float, device_type: DeviceType, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key,
+            count=1,
+            device_type=device_type,
+            is_user_annotation=annotation,
+            self_device_time_total=1e3 * milliseconds,
+            self_cpu_time_total=0.0,
+        )
+
+    entries = [
+        entry("Optimizer.step#SGD.step", 4.0, DeviceType.CUDA, annotation=True),
+        entry("Optimizer.step#SGD.step", 0.0, DeviceType.CPU, annotation=True),
+        entry("implicit_convolve_sgemm", 3.0, DeviceType.CUDA),
+        entry("aten::add_", 1.0, DeviceType.CPU),
+        entry("aten::convolution", 3.0, DeviceType.CPU),
+    ]
+    rows = script.slowest_operations(SimpleNamespace(key_averages=lambda: entries), "cuda")
+    assert [(row["operation"], row["ms"], row["share"]) for row in rows] == [
+        ("aten::convolution", 3.0, 0.75),
+        ("aten::add_", 1.0, 0.25),
+    ]
 
 
 def test_turns_alternate_and_the_first_does_not_count(script, monkeypatch):
