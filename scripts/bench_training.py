@@ -22,6 +22,7 @@ Four parts, each on phantoms that are made first:
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 
@@ -337,8 +338,7 @@ def weigh(plan: Plan, progress: Progress) -> tuple[dict[str, dict[str, float]], 
     }
     memory, slowest = {}, []
     for index, (name, (overlays, method)) in enumerate(progress.track(rows.items(), description="weighing")):
-        made = workflow_of(plan, f"weigh_{index}", overlays, method)
-        memory[name], operations = step_profile(made, plan.device)
+        memory[name], operations = step_profile(workflow_of(plan, f"weigh_{index}", overlays, method), plan.device)
         slowest = slowest or operations
     return memory, slowest
 
@@ -364,6 +364,9 @@ def profiled(trainer: SupervisedTrainer, device: str, seen: dict[str, Any]) -> I
     yield  # and ends
     trainer.optimizer.zero_grad(set_to_none=True)  # the step before leaves nothing that would be freed in this one
     trainer.state.output = None
+    # a trainer is full of reference cycles: those that are left of others must neither count nor be freed in this step
+    gc.collect()
+    gc.disable()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     before = 0
     if device == "cuda":
@@ -374,6 +377,7 @@ def profiled(trainer: SupervisedTrainer, device: str, seen: dict[str, Any]) -> I
         yield  # the second step starts,
         if device == "cuda":
             torch.cuda.synchronize()
+    gc.enable()
     seen["peak"] = torch.cuda.max_memory_allocated() - before if device == "cuda" else allocated_at_most(record)
     seen["slowest"] = slowest_operations(record, device)
     while True:

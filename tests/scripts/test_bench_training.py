@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -79,6 +80,29 @@ def test_memory_is_the_most_that_was_allocated_at_once(script):
         three = torch.empty(2**17)
         del three
     assert script.allocated_at_most(record) == 2 * 2**20
+
+
+def test_memory_of_a_step_is_not_lowered_by_another_trainer_s_garbage(script):
+    """A cycle that the step before left is gone when the step starts, and its own does not go before it ends."""
+
+    class Cycle:
+        def __init__(self, size: int) -> None:
+            self.tensor, self.itself = torch.empty(size), self
+
+    trainer = SimpleNamespace(
+        optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), state=SimpleNamespace(output=None)
+    )
+    seen: dict = {}
+    steps = script.profiled(trainer, "cpu", seen)
+    next(steps)
+    next(steps)
+    Cycle(2**20)
+    next(steps)
+    for _ in range(3000):  # more objects than make Python collect
+        Cycle(2**8)
+    next(steps)
+    assert 2**20 * 3000 / 2**10 <= seen["peak"] < 2**20 * 3000 / 2**10 + 2**20
+    assert gc.isenabled()
 
 
 def test_a_kernel_s_time_counts_once_on_a_gpu(script):
