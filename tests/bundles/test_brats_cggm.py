@@ -17,8 +17,9 @@ import pytest
 import SimpleITK
 import torch
 import yaml
-from monai.bundle import verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, verify_metadata, verify_net_in_out
 
+from monai_cggm.data import volumes
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.errors import users_error
 from monai_cggm.networks import MultimodalSegmenter
@@ -433,6 +434,35 @@ def flat(state, prefix=""):
     if isinstance(state, (list, tuple)):
         return {k: v for i, value in enumerate(state) for k, v in flat(value, f"{prefix}/{i}").items()}
     return {prefix: state}
+
+
+def test_volumes_are_prepared_by_num_workers_threads_into_the_same_store(cases, tmp_path, monkeypatch):
+    prepare, asked = volumes._run, []
+
+    def spy(*arguments, workers, progress):
+        asked.append(workers)
+        prepare(*arguments, workers=workers, progress=False)
+
+    monkeypatch.setattr(volumes, "_run", spy)
+    stores = []
+    for workers in (0, 2):
+        config = ConfigParser()
+        config.read_config(str(BUNDLE / "train.yaml"))
+        folder = tmp_path / str(workers)
+        config.update({**TINY, "dataset_dir": str(cases), "cache_dir": str(folder), "num_workers": workers})
+        for part in ("train", "validate"):
+            config.get_parsed_content(f"{part}#volumes")
+        stores.append(sorted(folder.iterdir()))
+    assert asked == [0, 0, 2, 2]
+    names, others = ([file.name for file in store] for store in stores)
+    assert len(names) == 5  # of training and validation, not the test's
+    assert names == others
+    for one, other in zip(*map(volumes.CachedVolumes, stores), strict=True):
+        assert one["case"] == other["case"]
+        assert one["image"].any()
+        assert torch.equal(one["image"].affine, other["image"].affine)
+        for key in ("image", "label", "tumour_voxels", "brain_voxels"):
+            assert torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])), key
 
 
 @pytest.mark.slow
