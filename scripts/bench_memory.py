@@ -7,8 +7,9 @@
 
 A store of the largest size is made of repeated cases: full copies under other names, so that every case is a file of
 its own. One epoch of the bundle brats_cggm's training data (its transforms, SliceDataset, EpochSampler, DataLoader) is
-then read by a fresh process for each size and number of workers. A straight line through the sizes gives the memory of
-a case; BraTS 2021 is an extrapolation where the largest size is below its 1,251 cases.
+then read by a fresh process for each size and number of workers, several times, by turns. A straight line through the
+sizes gives the memory of a case with its standard error; BraTS 2021 is an extrapolation where the largest size is below
+its 1,251 cases.
 
 The memory is what the system cannot take back without swapping: anonymous pages and shared memory, of the process and
 its workers together. Pages of files are left out: the page cache gives them up when memory runs short. Two numbers,
@@ -19,8 +20,9 @@ peaks of samples taken every 20 ms and after every batch:
 
 With --limit-gb every process runs under setrlimit(RLIMIT_DATA) of the limit divided by the number of processes. It
 bounds the heap and all private writable mappings, mapped volumes too while they are open, and a process that passes it
-fails; a run that ends has therefore needed less, all processes together. Network, optimizer and validation are not
-part of it.
+fails and is listed. It does not bound shared memory (/dev/shm), in which workers hand their batches over: that a run
+ends says something of the heaps, and the column "used" counts both. Network, optimizer and validation are not part of
+it: nothing trains here.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ def main(
     cases: Annotated[int, typer.Option(min=1, help="Cases to repeat.")] = 2,
     sizes: Annotated[str, typer.Option(help="Numbers of cases in the store, two or more, with commas.")] = "32,64,128",
     workers: Annotated[str, typer.Option(help="Numbers of worker processes, with commas.")] = "0,2",
+    shape: Annotated[tuple[int, int, int], typer.Option(help="Voxels of the phantoms.")] = SHAPE,
+    repeats: Annotated[int, typer.Option(min=1, help="Processes of each size and number of workers.")] = 3,
     batch: Annotated[int | None, typer.Option(min=1, help="Volumes a batch; without it the bundle's.")] = None,
     limit_gb: Annotated[float | None, typer.Option(help="Hard limit for all processes together.")] = None,
     scratch: Annotated[Path | None, typer.Option(help="Where the store is made, and deleted.")] = None,
@@ -89,8 +93,8 @@ def main(
         phantoms = data is None
         if data is None:
             data = Path(folder) / "phantoms"
-            write_phantoms(data, cases=cases, shape=SHAPE, spacing=2.0, progress=True)
-        result = bench(data, cases, counts, processes, batch, limit_gb, Path(folder))
+            write_phantoms(data, cases=cases, shape=shape, spacing=240 / shape[0], progress=True)
+        result = bench(data, cases, counts, processes, repeats, batch, limit_gb, Path(folder))
     result["data"] = "phantoms" if phantoms else data.name
     show(result)
     if json_file is not None:
@@ -107,6 +111,7 @@ def bench(
     cases: int,
     sizes: Sequence[int],
     workers: Sequence[int],
+    repeats: int,
     batch: int | None,
     limit_gb: float | None,
     folder: Path,
@@ -120,15 +125,18 @@ def bench(
     originals = [Path(item) for item in prepared.items if isinstance(item, Path)]
     store = folder / "store"
     repeat(originals, sizes[-1], store)
+    turns = [(number, size) for _ in range(repeats) for number in workers for size in sizes]
     runs = [
         in_a_process(store, size, number, batch, limit_gb)
-        for number in track(workers, description="measuring", console=Console(stderr=True))
-        for size in sizes
+        for number, size in track(turns, description="measuring", console=Console(stderr=True))
     ]
+    ended = [run for run in runs if "failed" not in run]
+    several = [number for number in workers if len({run["cases"] for run in ended if run["workers"] == number}) > 1]
     per_case = sum(file.stat().st_size for file in originals) / len(originals)
     return {
         "cases_repeated": len(originals),
         "sizes": list(sizes),
+        "repeats": repeats,
         "volumes_per_batch": batch or config.get_parsed_content("volumes_per_batch"),
         "slices_per_volume": config.get_parsed_content("slices_per_volume"),
         "limit": None if limit_gb is None else f"RLIMIT_DATA, {limit_gb} GB divided by the processes",
@@ -136,7 +144,7 @@ def bench(
         "store_gigabytes_full": per_case * FULL / 1e9,
         "full_cases": FULL,
         "runs": runs,
-        "fits": [fit([run for run in runs if run["workers"] == number]) for number in workers],
+        "fits": [fit([run for run in ended if run["workers"] == number]) for number in several],
     }
 
 
@@ -163,7 +171,7 @@ def repeat(originals: Sequence[Path], count: int, store: Path) -> None:
 
 
 def in_a_process(store: Path, size: int, workers: int, batch: int | None, limit_gb: float | None) -> dict[str, Any]:
-    """Run this script for one size."""
+    """Run this script for one size; a run that fails, as at the limit, says why."""
     options: dict[str, Any] = {
         "measure": store,
         "sizes": size,
@@ -172,7 +180,10 @@ def in_a_process(store: Path, size: int, workers: int, batch: int | None, limit_
         "limit-gb": limit_gb,
     }
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {"cases": size, "workers": workers, "failed": reason}
     run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return run
 
@@ -254,13 +265,19 @@ def rollup(process: int) -> dict[str, int]:
 
 
 def fit(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Least squares of the peaks over the number of cases; memory of the full data set."""
+    """Least squares of the peaks over the number of cases; memory of the full data set.
+
+    The slope's standard error is None where there are not more runs than the two numbers of a line.
+    """
     cases = [run["cases"] for run in runs]
     found: dict[str, Any] = {"workers": runs[0]["workers"]}
     for name in FIELDS:
-        slope, intercept = np.polyfit(cases, [run["peak_megabytes"][name] for run in runs], 1)
+        peaks = [run["peak_megabytes"][name] for run in runs]
+        slope, intercept = np.polyfit(cases, peaks, 1)
+        error = None if len(runs) < 3 else float(np.sqrt(np.polyfit(cases, peaks, 1, cov=True)[1][0, 0])) * 1e3
         found[name] = {
             "kilobytes_per_case": float(slope) * 1e3,
+            "standard_error": error,
             "megabytes_without_cases": float(intercept),
             "megabytes_full": float(intercept + slope * FULL),
             "extrapolated": max(cases) < FULL,
@@ -275,15 +292,18 @@ def show(result: dict[str, Any]) -> None:
     table = Table(title=f"Peak memory of one epoch of training data from disk, MB, {result['data']}, {batch}")
     for column in ("workers", "cases", "slices", "used", "anonymous", "seconds"):
         table.add_column(column, justify="right")
-    for run in result["runs"]:
+    for run in (run for run in result["runs"] if "failed" not in run):
         peaks = [f"{run['peak_megabytes'][name]:.1f}" for name in FIELDS]
         table.add_row(*(str(run[key]) for key in ("workers", "cases", "slices")), *peaks, f"{run['seconds']:.1f}")
     console.print(table)
+    for run in (run for run in result["runs"] if "failed" in run):
+        console.print(f"{run['workers']} workers, {run['cases']} cases: failed, {run['failed']}")
     for line in result["fits"]:
         used = line["used"]
         how = "extrapolated" if used["extrapolated"] else "within the sizes measured"
+        error = "" if used["standard_error"] is None else f" (standard error {used['standard_error']:.2f})"
         console.print(
-            f"{line['workers']} workers: {used['kilobytes_per_case']:.2f} kB a case; {FULL} cases ({how}): "
+            f"{line['workers']} workers: {used['kilobytes_per_case']:.2f} kB a case{error}; {FULL} cases ({how}): "
             f"{used['megabytes_full']:.0f} MB used, {line['anonymous']['megabytes_full']:.0f} MB anonymous."
         )
     console.print(

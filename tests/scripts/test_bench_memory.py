@@ -30,7 +30,7 @@ def here(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numbers_of_a_tiny_store(tmp_path: Path, script: ModuleType, here: None):
     write_phantoms(tmp_path / "data", cases=2, shape=(48, 40, 32), spacing=4.0)
     (tmp_path / "work").mkdir()
-    result = script.bench(tmp_path / "data", 2, [2, 5], [0], 2, None, tmp_path / "work")
+    result = script.bench(tmp_path / "data", 2, [2, 5], [0], 1, 2, None, tmp_path / "work")
     stored = [file.stat().st_size for file in (tmp_path / "work/prepared").iterdir()]
     assert len(stored) == 2
     # four float16 sequences and a uint8 label a voxel, after a description of a few pages
@@ -49,6 +49,7 @@ def test_numbers_of_a_tiny_store(tmp_path: Path, script: ModuleType, here: None)
     (line,) = result["fits"]
     assert math.isfinite(line["used"]["kilobytes_per_case"])
     assert line["used"]["extrapolated"]
+    assert line["used"]["standard_error"] is None
 
 
 def test_a_line_is_fitted(script: ModuleType):
@@ -62,6 +63,42 @@ def test_a_line_is_fitted(script: ModuleType):
     assert line["anonymous"]["kilobytes_per_case"] == pytest.approx(0, abs=1e-6)
     runs[-1] = {"cases": 1251, "workers": 2, "peak_megabytes": {"used": 1.0, "anonymous": 1.0}}
     assert not script.fit(runs)["used"]["extrapolated"]
+
+
+def test_a_slope_has_its_error(script: ModuleType):
+    """Two runs at 0 cases and two at 2: slope 1, residuals ±1; its variance is 4 / 2 over the sum of squares, 4."""
+    peaks = [(0, 1.0), (0, 3.0), (2, 3.0), (2, 5.0)]
+    runs = [{"cases": n, "workers": 0, "peak_megabytes": {"used": mb, "anonymous": mb}} for n, mb in peaks]
+    used = script.fit(runs)["used"]
+    assert used["kilobytes_per_case"] == pytest.approx(1000)
+    assert used["standard_error"] == pytest.approx(1000 * math.sqrt(0.5))
+
+
+def test_runs_that_fail_are_listed_beside_the_others(tmp_path: Path, script: ModuleType, monkeypatch: Any, capsys: Any):
+    def in_a_process(store: Path, size: int, workers: int, *_: Any) -> dict[str, Any]:
+        if size == 4 and workers:
+            return {"cases": size, "workers": workers, "failed": "MemoryError"}
+        peak = {"used": 100.0 + size, "anonymous": 100.0}
+        return {"cases": size, "workers": workers, "slices": 1, "seconds": 1.0, "peak_megabytes": peak}
+
+    monkeypatch.setattr(script, "in_a_process", in_a_process)
+    write_phantoms(tmp_path / "data", cases=1, shape=(24, 20, 16), spacing=8.0)
+    result = script.bench(tmp_path / "data", 1, [2, 4], [0, 2], 2, 2, 1.0, tmp_path / "work")
+    assert [(run["workers"], run["cases"]) for run in result["runs"]] == [(0, 2), (0, 4), (2, 2), (2, 4)] * 2
+    assert [line["workers"] for line in result["fits"]] == [0]
+    script.show({**result, "data": "phantoms"})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 workers, 4 cases: failed, MemoryError" in said
+    assert "1000.00 kB a case (standard error 0.00)" in said
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path, script: ModuleType, monkeypatch: Any):
+    failing = tmp_path / "failing.py"
+    monkeypatch.setattr(script, "__file__", str(failing))
+    for text, reason in (("import sys; sys.exit('MemoryError')", "MemoryError"), ("exit(3)", "exit status 3")):
+        failing.write_text(text)
+        run = script.in_a_process(tmp_path, 5, 2, None, 1.0)
+        assert run == {"cases": 5, "workers": 2, "failed": reason}
 
 
 def test_the_peak_sees_what_is_held_and_let_go(script: ModuleType):
@@ -113,7 +150,7 @@ def test_table_and_json(tmp_path: Path, script: ModuleType):
     write_phantoms(tmp_path / "data", cases=1, shape=(48, 40, 32), spacing=4.0)
     app = typer.Typer()
     app.command()(script.main)
-    options: list[Any] = ["--data", tmp_path / "data", "--sizes", "2,4", "--workers", "1", "--batch", 2]
+    options: list[Any] = ["--data", tmp_path / "data", "--sizes", "2,4", "--workers", "1", "--batch", 2, "--repeats", 1]
     options += ["--limit-gb", 8, "--scratch", tmp_path, "--json", tmp_path / "memory.json"]
     result = CliRunner().invoke(app, list(map(str, options)), catch_exceptions=False)
     assert result.exit_code == 0
