@@ -36,7 +36,6 @@ import copy
 import ctypes
 import importlib.util
 import mmap
-import platform
 import subprocess
 import sys
 import tempfile
@@ -56,6 +55,7 @@ from monai.transforms import CastToTyped, Compose, RandSpatialCropd, SpatialPadd
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import machine
 
 from monai_cggm.data.checks import load_cases
 from monai_cggm.data.phantom import write_phantoms
@@ -203,13 +203,8 @@ def bench(data: Path, cases: int, ways: Sequence[str], passes: int, repeats: int
         "slices_per_volume": setup.slices_per_volume,
         "passes": passes,
         "repeats": repeats,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "system": f"{platform.system()} {platform.release()}",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "clock": "wall and CPU time",
+        "machine": machine(),
         "preparation_s_per_case": round(preparation, 2),
         "ways": {way: WAYS[way] for way in ways},
         "skipped": skipped,

@@ -29,9 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import copy
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,6 +43,7 @@ from monai.transforms import NormalizeIntensityd
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from timing import clock_name, clock_of, machine
 from torch import Tensor, nn
 
 from monai_cggm.data.phantom import make_phantom
@@ -116,14 +115,8 @@ def bench(
         "slices_at_once": batch,
         "rounds": rounds,
         "bf16": BF16 in ways,
-        "clock": "CPU time" if counts_cpu_time(device) else "wall time",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "clock": clock_name(device.type),
+        "machine": machine(device.type),
         "classes_in_brain": torch.bincount(classes[NAIVE][brain].long(), minlength=2).tolist(),
         "seconds_per_volume": {way: round(value, 4) for way, value in medians.items()},
         "volumes_per_minute": {way: round(60 / value, 2) for way, value in medians.items()},
@@ -223,14 +216,9 @@ def segment(inferer: Callable[..., Any], volume: Tensor, network: nn.Module) -> 
     return classes
 
 
-def counts_cpu_time(device: torch.device) -> bool:
-    """CPU time is what one thread costs; of several it would add up what they do at the same time."""
-    return device.type == "cpu" and torch.get_num_threads() == 1
-
-
 def take_turns(ways: Ways, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Seconds of each way and round, and what each found; the time of the first round does not count."""
-    clock = time.process_time if counts_cpu_time(device) else time.perf_counter
+    clock = clock_of(device.type)
     times: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, Tensor] = {}
     with Progress(console=Console(stderr=True)) as progress:

@@ -52,6 +52,7 @@ from monai.data import DataLoader
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import machine
 
 from monai_cggm.data.checks import load_cases
 from monai_cggm.data.phantom import write_phantoms
@@ -134,6 +135,8 @@ def bench(
     several = [number for number in workers if len({run["cases"] for run in ended if run["workers"] == number}) > 1]
     per_case = sum(file.stat().st_size for file in originals) / len(originals)
     return {
+        "clock": "wall time",
+        "machine": machine(),
         "cases_repeated": len(originals),
         "sizes": list(sizes),
         "repeats": repeats,

@@ -22,7 +22,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from monai.engines import SupervisedTrainer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import check_device, clock_of, processor
+from timing import check_device, clock_name, clock_of, machine
 
 from monai_cggm.analysis.cells import ALONE
 from monai_cggm.compare.study import Arm, Study, find_file, read_study
@@ -81,6 +80,7 @@ def main(
 
 def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int, device: str) -> dict[str, Any]:
     """Run all arms and return the numbers, times in milliseconds."""
+    facts = machine(device)
     # the bundles' own progress bars, one an epoch and arm, would hide this script's
     with (
         Path(os.devnull).open("w") as nothing,
@@ -95,13 +95,8 @@ def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int, device: 
         "study": STUDY,
         "rounds": rounds,
         "steps": {name: len(values) for name, values in times.items()},
-        "machine": {
-            "processor": processor(device),
-            "device": device,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "clock": clock_name(device),
+        "machine": facts,
         "titles": {arm.name: arm.title for arm in arms},
         "ms_per_step": {name: round(value, 1) for name, value in means.items()},
         "standard_error_ms": {n: round(float(np.std(v) / len(v) ** 0.5), 2) for n, v in times.items()},

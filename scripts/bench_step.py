@@ -24,7 +24,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from monai.engines import SupervisedTrainer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import check_device, clock_of, processor
+from timing import check_device, clock_name, clock_of, machine
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
@@ -91,25 +90,20 @@ def main(
         unknown = [name for name in given if name not in there]
         if unknown:
             raise typer.BadParameter(f"there is no {', '.join(unknown)}, only {', '.join(there)}")
+    facts = {"clock": clock_name(device), "machine": machine(device)}
     asked = growing(known["small"]) if growth else {name: known[name] for name in sizes.split(",")}
     chosen = ["joint", "cggm"] if growth else chosen
     with Progress(console=Console(stderr=True)) as progress:
         results = {
             name: bench(size, chosen, rounds, torch.device(device), progress, name) for name, size in asked.items()
         }
-    machine = {
-        "processor": processor(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": threads,
-    }
     for name, result in results.items():
         show(name, result)
     if plot is not None:
         draw(results, plot)
     if json_file is not None:
         with atomic_path(json_file) as temporary:
-            temporary.write_text(json.dumps({"machine": machine, "sizes": results}, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps({**facts, "sizes": results}, indent=2) + "\n", encoding="utf-8")
 
 
 def sizes_of_the_bundle(paper_batch: int) -> dict[str, Size]:

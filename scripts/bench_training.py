@@ -29,7 +29,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
-import platform
 import shutil
 import subprocess
 import sys
@@ -49,7 +48,7 @@ from monai.engines import SupervisedTrainer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import check_device, clock_of, processor
+from timing import check_device, clock_name, clock_of, cores, machine
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -186,6 +185,7 @@ def bench(plan: Plan, ways: Sequence[str], scaling: bool) -> dict[str, Any]:
         scaled = scale(plan) if scaling else {"left_out": "not asked for"}
     return {
         **{key: value for key, value in asdict(plan).items() if key != "folder"},
+        "clock": clock_name(plan.device),
         "machine": machine(plan.device),
         **timed,
         "left_out": left_out,
@@ -194,23 +194,6 @@ def bench(plan: Plan, ways: Sequence[str], scaling: bool) -> dict[str, Any]:
         "slowest": slowest,
         "scaling": scaled,
     }
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on; a load above the number of processes that are measured makes them preliminary."""
-    return {
-        "processor": processor(device),
-        "cores": cores(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def why_not(way: str, device: str) -> str | None:
@@ -465,7 +448,6 @@ def show(result: dict[str, Any]) -> None:
         f"torch {facts['torch']}; load {facts['load']} on {facts['cores']} core(s)"
     )
     if result["ms_per_step"]:
-        clock = "CPU" if result["device"] == "cpu" else "wall-clock"
         rows = [
             (
                 way,
@@ -476,7 +458,7 @@ def show(result: dict[str, Any]) -> None:
             for way, ms in result["ms_per_step"].items()
         ]
         console.print(
-            table_of(f"One training step, {clock} time, medians", ["way", "ms", "quartiles", "× plain"], rows)
+            table_of(f"One training step, {result['clock']}, medians", ["way", "ms", "quartiles", "× plain"], rows)
         )
     for way, reason in result["left_out"].items():
         console.print(f"{way}: left out, {reason}")
