@@ -178,7 +178,7 @@ def test_the_command_prints_what_it_found_and_what_comes_next(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "arms"),
-    [(folders, ["joint", "dropout", "recipe"]), (nnunet, ["joint"]), (msd, ["joint"]), (bids, ["joint"])],
+    [(folders, ["joint", "dropout"]), (nnunet, ["joint"]), (msd, ["joint"]), (bids, ["joint"])],
 )
 def test_two_commands_from_a_folder_to_a_report(layout, arms, tmp_path, monkeypatch):
     """Whatever the layout: a bundle, trainings, their scores from every subset, and the report."""
