@@ -12,17 +12,17 @@ The transforms are those of the bundle brats_cggm. The ways:
     memory       the same volumes, held in memory
     persistent   MONAI's PersistentDataset of whole prepared volumes
     hdf5         an HDF5 file a case, image (float32) and label, read whole (needs h5py, as do the next two)
-    hdf5-gzip    the same, compressed by gzip
-    hdf5-half    the same, uncompressed, with the store's float16
+    hdf5-half    the same, with the store's float16: what float32 alone costs is the difference
+    hdf5-gzip    as hdf5, compressed by gzip
     nifti        load the case's five files and prepare them
     naive        load the case's five files, prepare nothing
 
-All prepared ways give the same slices, bit for bit. First all stores are written, then every way is measured in Python
-processes of its own, by turns. Times are per slice, wall and CPU (user and system) of one thread, medians over all
-cases, passes and processes: with one slice taken from a case, and with as many as the bundle takes; for the slice as it
-is, with the bundle's padding and cropping, and with all its augmentation. "cold" is with none of the files in the page
-cache (posix_fadvise, checked by mincore before every pass), "warm" with all of them in it. What the disk itself or a
-hypervisor keeps is not known here.
+All prepared ways give the same slices, bit for bit. First all stores are written (the cases are prepared without and
+with threads: time, and memory at its peak), then every way is measured in Python processes of its own, by turns. Times
+are per slice, wall and CPU (user and system) of one thread, medians over all cases, passes and processes: with one
+slice taken from a case, and with as many as the bundle takes; for the slice as it is, with the bundle's padding and
+cropping, and with all its augmentation. "cold" is with none of the files in the page cache (posix_fadvise, checked by
+mincore before every pass), "warm" with all of them in it. What the disk itself or a hypervisor keeps is not known here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import copy
 import ctypes
 import importlib.util
 import mmap
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import typer
+from bench_memory import PeakMemory
 from monai.bundle import ConfigParser
 from monai.data import Dataset, PersistentDataset
 from monai.transforms import CastToTyped, Compose, RandSpatialCropd, SpatialPadd
@@ -71,18 +73,21 @@ WAYS = {
     "memory": "held in memory",
     "persistent": "PersistentDataset, whole volumes",
     "hdf5": "HDF5, float32, whole volumes",
-    "hdf5-gzip": "HDF5, float32, gzip, whole volumes",
     "hdf5-half": "HDF5, float16, whole volumes",
+    "hdf5-gzip": "HDF5, float32, gzip, whole volumes",
     "nifti": "load NIfTI and prepare",
     "naive": "load NIfTI only",
 }
 HDF5: dict[str, dict[str, Any]] = {
     "hdf5": {"dtype": "float32"},
-    "hdf5-gzip": {"dtype": "float32", "compression": "gzip"},
     "hdf5-half": {"dtype": "float16"},
+    "hdf5-gzip": {"dtype": "float32", "compression": "gzip"},
 }
-#: ways that take seconds a case: one pass in one process
+#: ways that take seconds a case: one process, at most so many passes, and one case before them
 SLOW = ("nifti", "naive")
+SLOW_PASSES = 3
+#: preparations of all cases: how many threads
+PREPARE = {"prepare-0": 0, "prepare-2": 2}
 STAGES = {"slice": "slice", "cropped": "padded and cropped", "augmented": "cropped and augmented"}
 #: more of the files than this in the page cache is not cold
 COLD = 0.01
@@ -135,6 +140,7 @@ def main(
     ways: Annotated[str, typer.Option(help="Which ways, with commas; store is always there.")] = ",".join(WAYS),
     passes: Annotated[int, typer.Option(min=1, help="Times that a process goes over the cases.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Processes a way.")] = 3,
+    scratch: Annotated[Path | None, typer.Option(help="Where phantoms and stores are made, and deleted.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
     measure_way: Annotated[str | None, typer.Option("--measure", hidden=True)] = None,
     stores: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -144,18 +150,20 @@ def main(
     if measure_way is not None:
         assert data is not None
         assert stores is not None
-        print(json.dumps(measure(measure_way, read_setup(data, cases, stores), passes)))
+        setup = read_setup(data, cases, stores)
+        prepares = measure_way in PREPARE
+        print(json.dumps(prepare(measure_way, setup) if prepares else measure(measure_way, setup, passes)))
         return
     chosen = list(dict.fromkeys(["store", *ways.split(",")]))
     unknown = [way for way in chosen if way not in WAYS]
     if unknown:
         raise typer.BadParameter(f"no way {', '.join(unknown)}; there are {', '.join(WAYS)}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         phantoms = data is None
         if data is None:
-            data = Path(scratch) / "phantoms"
+            data = Path(folder) / "phantoms"
             write_phantoms(data, cases=cases, shape=SHAPE, spacing=1.0, progress=True)
-        result = bench(data, cases, chosen, passes, repeats, Path(scratch) / "stores")
+        result = bench(data, cases, chosen, passes, repeats, Path(folder) / "stores")
     result["data"] = "phantoms" if phantoms else data.name
     show(result)
     if json_file is not None:
@@ -182,9 +190,10 @@ def read_setup(data: Path, cases: int, stores: Path) -> Setup:
 def bench(data: Path, cases: int, ways: Sequence[str], passes: int, repeats: int, stores: Path) -> dict[str, Any]:
     """Write all stores, measure every way in processes of its own, and return the numbers."""
     setup = read_setup(data, cases, stores)
-    start = time.process_time()
-    prepared = cached_volumes(setup.items, setup.preparation, cache_dir=stores / "store", progress=False)
-    preparation = (time.process_time() - start) / len(setup.items)
+    preparation = [row for way in PREPARE for row in in_a_process(way, data, cases, passes, stores)]
+    (stores / "prepare-0").rename(stores / "store")
+    shutil.rmtree(stores / "prepare-2")
+    prepared = volumes_of("store", setup)
     skipped = {way: "h5py is not installed" for way in ways if way in HDF5 and not has_h5py()}
     ways = [way for way in ways if way not in skipped]
     for way in track(ways, description="writing the stores", console=Console(stderr=True)):
@@ -205,12 +214,32 @@ def bench(data: Path, cases: int, ways: Sequence[str], passes: int, repeats: int
         "repeats": repeats,
         "clock": "wall and CPU time",
         "machine": machine(),
-        "preparation_s_per_case": round(preparation, 2),
+        "preparation": preparation,
         "ways": {way: WAYS[way] for way in ways},
         "skipped": skipped,
         "megabytes_per_case": {way: megabytes(files_of(way, setup)) for way in ways if way != "memory"},
         "measured": summarise(found),
     }
+
+
+def prepare(way: str, setup: Setup) -> list[dict[str, Any]]:
+    """Prepare all cases, read from the page cache, into a store on disk, by as many threads as the way has."""
+    read_through([Path(item[key]) for item in setup.items for key in (*setup.modalities, "label")])
+    with PeakMemory() as peak:
+        before = peak.megabytes["used"]
+        start, start_cpu = time.perf_counter(), time.process_time()
+        cached_volumes(
+            setup.items, setup.preparation, cache_dir=setup.stores / way, workers=PREPARE[way], progress=False
+        )
+        wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return [
+        {
+            "workers": PREPARE[way],
+            "seconds_per_case": wall / len(setup.items),
+            "cpu_seconds_per_case": cpu / len(setup.items),
+            "peak_megabytes": peak.megabytes["used"] - before,
+        }
+    ]
 
 
 def has_h5py() -> bool:
@@ -278,14 +307,15 @@ def measure(way: str, setup: Setup, passes: int) -> list[dict[str, Any]]:
     volumes = None if way == "naive" else volumes_of(way, setup)
     files = [file for case in files_of(way, setup) for file in case]
     numbers = sorted({1, setup.slices_per_volume})
+    passes = min(passes, SLOW_PASSES) if way in SLOW else passes
     wanted = [(stage, slices) for stage in STAGES for slices in numbers if way not in SLOW or stage == "slice"]
     rows: list[dict[str, Any]] = []
     for stage, slices in wanted:
         take = taker(way, volumes, setup, stage, slices)
-        for turn in range(0 if way in SLOW else len(setup.items)):
+        for turn in range(1 if way in SLOW else len(setup.items)):
             take(turn)  # imports and first calls do not count
         for state in ("cold", "warm") if files else ("memory",):
-            row = time_passes(take, len(setup.items), slices, files, state, 1 if way in SLOW else passes)
+            row = time_passes(take, len(setup.items), slices, files, state, passes)
             rows.append({"stage": stage, "slices": slices, "state": state, **row})
     return rows
 
@@ -421,6 +451,8 @@ def show(result: dict[str, Any]) -> None:
                 # A slice that is not cropped is as large as the prepared volume.
                 what = title if stage == "slice" else f"{size} {title}"
                 table = Table(title=f"{what}, {slices} a case; {result['data']} of {shape}; {state} page cache")
+                if state == "cold" and any(row["state"] == "memory" for row in rows):
+                    table.caption = "held in memory: over the store with a warm page cache"
                 table.add_column("way")
                 for column in ("ms", "CPU ms", "slices/s", "store faster", "in CPU"):
                     table.add_column(column, justify="right")
@@ -431,7 +463,11 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"{WAYS[way]}: left out, {reason}.")
     sizes = ", ".join(f"{WAYS[way]} {size}" for way, size in result["megabytes_per_case"].items())
     console.print(f"MB a case: {sizes}.")
-    console.print(f"Preparing a case once takes {result['preparation_s_per_case']} s of one core.")
+    for row in result["preparation"]:
+        console.print(
+            f"Preparing cases once, num_workers {row['workers']}: {row['seconds_per_case']:.2f} s a case, "
+            f"{row['cpu_seconds_per_case']:.2f} s of a core, {row['peak_megabytes']:.0f} MB at most."
+        )
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -75,6 +75,24 @@ def test_a_way_is_measured_in_every_stage_and_state(script: ModuleType, setup: A
     assert {row["state"] for row in memory} == {"memory"}
 
 
+def test_slow_ways_take_a_case_before_they_are_timed_and_few_passes(script: ModuleType, setup: Any, monkeypatch: Any):
+    taken: list[int] = []
+    monkeypatch.setattr(script, "take_naively", lambda files, turn, slices: taken.append(turn) or slices)
+    rows = script.measure("naive", setup, 5)
+    assert [len(row["wall_ms"]) for row in rows] == [2 * script.SLOW_PASSES] * 4
+    assert len(taken) == 2 * (1 + 2 * 2 * script.SLOW_PASSES)
+
+
+def test_threads_prepare_the_same_store(script: ModuleType, setup: Any):
+    rows = [row for way in script.PREPARE for row in script.prepare(way, setup)]
+    assert [row["workers"] for row in rows] == [0, 2]
+    assert all(row["seconds_per_case"] > 0 and row["cpu_seconds_per_case"] > 0 for row in rows)
+    assert rows[0]["peak_megabytes"] > 0
+    names = [sorted(file.name for file in (setup.stores / way).iterdir()) for way in script.PREPARE]
+    assert len(names[0]) == 2
+    assert names[0] == names[1]
+
+
 def test_residency_follows_what_is_read(tmp_path: Path, script: ModuleType):
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 20))
@@ -130,6 +148,16 @@ def test_medians_are_over_processes_and_compared_in_the_same_state(script: Modul
     assert rows["memory", "memory"]["store_faster_wall"] == 0.25
 
 
+def test_the_cold_table_says_that_memory_is_compared_with_the_warm_store(script: ModuleType, capsys: Any):
+    found = [row("store", state, [1.0], [1.0], [share]) for state, share in (("cold", 0.0), ("warm", 1.0))]
+    facts = {"data": "phantoms", "shape": [1], "slice_size": [1], "slices_per_volume": 1, "ways": script.WAYS}
+    facts |= {"skipped": {}, "megabytes_per_case": {}, "preparation": []}
+    for ways, times in ((found, 0), ([*found, row("memory", "memory", [0.5], [0.5], [])], 1)):
+        script.show({**facts, "measured": script.summarise(ways)})
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("over the store with a warm") == times
+
+
 @pytest.mark.parametrize("share", [0.5, float("nan")])
 def test_what_was_not_cold_or_may_not_have_been_is_left_out(script: ModuleType, share: float):
     found = script.summarise([row("store", "cold", [1.0], [1.0], [0.0, share]), row("store", "warm", [1], [1], [1.0])])
@@ -156,6 +184,8 @@ def test_table_and_json_hold_every_way(tmp_path: Path, script: ModuleType, monke
     assert numbers["megabytes_per_case"]["store"] == pytest.approx(store, abs=0.1)
     assert {one["way"] for one in numbers["measured"]} == {"store", "naive"}
     assert "left out, h5py is not installed" in result.stdout
+    assert [row["workers"] for row in numbers["preparation"]] == [0, 2]
+    assert "num_workers 2" in result.stdout
 
 
 def test_an_unknown_way_is_an_error(script: ModuleType):
