@@ -17,7 +17,8 @@ mean over the image that the network uses is over less background. A network tha
 many voxels that changes: for that, give a trained one.
 
 On a CPU times are CPU time of this process with one thread, and wall time with several; on a GPU wall time until it is
-done. All ways take turns, so that whatever else the machine does meets them alike, and the median of the rounds counts.
+done, in float32 proper: TensorFloat-32 is off. All ways take turns, so that whatever else the machine does meets them
+alike, and the median of the rounds counts; its least and its most are given beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from monai.transforms import NormalizeIntensityd
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import clock_name, clock_of, machine
+from timing import check_device, clock_name, clock_of, machine
 from torch import Tensor, nn
 
 from monai_cggm.data.phantom import make_phantom
@@ -81,7 +82,9 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
 ) -> None:
     """Time what the segmentation of one volume costs, slice by slice and as the bundle does it."""
+    check_device(device)
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     result = bench(size, shape, batch, rounds, torch.device(device), model)
     show(result)
     if json_file is not None:
@@ -115,10 +118,12 @@ def bench(
         "slices_at_once": batch,
         "rounds": rounds,
         "bf16": BF16 in ways,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "clock": clock_name(device.type),
         "machine": machine(device.type),
         "classes_in_brain": torch.bincount(classes[NAIVE][brain].long(), minlength=2).tolist(),
         "seconds_per_volume": {way: round(value, 4) for way, value in medians.items()},
+        "least_and_most_seconds": {way: [round(f(values), 4) for f in (min, max)] for way, values in times.items()},
         "volumes_per_minute": {way: round(60 / value, 2) for way, value in medians.items()},
         "times_faster": {way: round(medians[NAIVE] / value, 2) for way, value in medians.items()},
         "differ_same_volume": {way: differing(found, same[way], brain) for way, found in classes.items()},
@@ -261,13 +266,21 @@ def show(result: dict[str, Any]) -> None:
     size = "x".join(map(str, result["shape"]))
     table = Table(title=f"One volume of {size}, {result['size']} network, {result['clock']}")
     table.add_column("way")
-    for column in ("s a volume", "volumes a minute", "times faster", "differ: same volume", "differ: whole volume"):
+    for column in (
+        "s a volume",
+        "least to most",
+        "volumes a minute",
+        "times faster",
+        "differ: same volume",
+        "differ: whole volume",
+    ):
         table.add_column(column, justify="right")
     for way, seconds in result["seconds_per_volume"].items():
         shares = [result[f"differ_{which}_volume"].get(way) for which in ("same", "whole")]
         table.add_row(
             way,
             f"{seconds:.2f}",
+            "{:.2f} to {:.2f}".format(*result["least_and_most_seconds"][way]),
             f"{result['volumes_per_minute'][way]:.2f}",
             f"{result['times_faster'][way]:.2f}",
             *("" if share is None else f"{share:.4%}" for share in shares),

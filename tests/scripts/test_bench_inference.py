@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from tests.scripts.loading import script_module
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
@@ -23,9 +25,10 @@ def script() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _threads():
-    threads = torch.get_num_threads()
+    threads, tf32 = torch.get_num_threads(), (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     yield
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 @pytest.fixture
@@ -55,8 +58,10 @@ def test_ways_that_see_the_same_volume_find_the_same(script: ModuleType, tiny, m
     ways += [script.NAIVE_BOX, script.FLOOR]
     seconds = numbers["seconds_per_volume"]
     assert list(seconds) == ways
+    assert numbers["tf32"] is False
     for way, value in seconds.items():
-        assert value > 0
+        least, most = numbers["least_and_most_seconds"][way]
+        assert 0 < least <= value <= most
         assert numbers["volumes_per_minute"][way] == pytest.approx(60 / value, rel=0.05, abs=0.01)
         assert numbers["times_faster"][way] == pytest.approx(seconds[script.NAIVE] / value, rel=0.05, abs=0.01)
     # no prediction, no difference
@@ -96,6 +101,15 @@ def test_bf16_where_there_is_some_and_a_trained_network(
     assert numbers["classes_in_brain"][:2] == [0, 0]
     assert set(numbers["differ_whole_volume"].values()) == {0.0}
     assert (numbers["clock"], numbers["machine"]["threads"]) == ("wall time", 2)
+
+
+@pytest.mark.parametrize("device", ["tpu", pytest.param("cuda", marks=NO_GPU)])
+def test_a_device_that_is_not_there_is_named(script: ModuleType, device: str):
+    app = typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, ["--device", device])
+    assert result.exit_code == 2
+    assert ("PyTorch sees no GPU" if device == "cuda" else "must be cpu or cuda, got 'tpu'") in result.output
 
 
 def test_ways_take_turns_and_the_first_round_does_not_count(script: ModuleType):
