@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,46 +14,79 @@ from ignite.engine import Events
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import monai_cggm
 from monai_cggm.batches import prepare_batch
 from monai_cggm.handlers import ClipGradients
 from monai_cggm.methods import CGGM, AuxiliaryLosses, ModalityDropout, RelativeBalance, UnimodalObserver
 from tests.methods import toy
 from tests.methods.toy import everything, metric
 
-#: what makes the host wait for a GPU
-READS = {
-    torch.Tensor.cpu,
-    torch.Tensor.item,
-    torch.Tensor.tolist,
-    torch.Tensor.numpy,
-    torch.Tensor.__bool__,
-    torch.Tensor.__float__,
-    torch.Tensor.__int__,
-    torch.Tensor.nonzero,
-    torch.nonzero,
+#: reads by the host that a CPU's tensors do without an operation of their own
+READS = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+#: operations whose result, or its size, the host waits for
+WAITS = {
+    torch.ops.aten._local_scalar_dense.default,  # item, bool, int, float
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten._unique2.default,
 }
+INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+#: files of the package in which masks are drawn, sent and looked at, before they leave the host
+PACKAGE = Path(monai_cggm.__file__).parent
+MASKS = {"batches.py", "dropout.py", "samples.py"}
 
 
-class Reads(TorchFunctionMode):
-    """Count reads of tensors by the host, except of masks, which never leave it."""
+def of_a_mask(tensor: Any) -> bool:
+    """Whether this is a mask in the hands of who draws masks: it is on the host."""
+    if tensor.dtype != torch.bool:
+        return False
+    frame = sys._getframe()
+    while frame is not None and PACKAGE not in Path(frame.f_code.co_filename).parents:
+        frame = frame.f_back
+    return frame is not None and Path(frame.f_code.co_filename).name in MASKS
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS and args[0].dtype != torch.bool:
-            self.seen[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+def to_the_host(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this is ``.to("cpu")``. What goes by a ``torch.device`` looks here like what stays; test_gpu tells."""
+    return func is torch.Tensor.to and "cpu" in [t for t in (*args[1:], *(kwargs or {}).values()) if isinstance(t, str)]
 
 
 class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        by_mask = func in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if (func in WAITS or by_mask) and not of_a_mask(args[0]):
+            self.waits[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Count what the host reads or waits for, or would on a GPU; masks that never left it are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.operations = Operations()
+
+    def __enter__(self) -> Reads:
+        self.operations.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.operations.__exit__(*error)
+        self.seen += self.operations.waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (func in READS or to_the_host(func, args, kwargs)) and not of_a_mask(args[0]):
+            self.seen[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -67,7 +102,7 @@ def steps(way: str, modalities: tuple[str, ...]):
     method = kind(network, classifiers, metric())
     parts: list[Any] = [ClipGradients([network, classifiers], 1.0)]
     if way == "recipe":
-        parts = [AuxiliaryLosses(method, 0.25), ModalityDropout(modalities, seed=0), *parts]
+        parts = [AuxiliaryLosses(method, 0.25), ModalityDropout(modalities, seed=0, both=True), *parts]
     engine = toy.trainer(
         network, everything(network, classifiers), data, method, handlers=parts, prepare_batch=prepare_batch
     )
@@ -91,6 +126,27 @@ WAYS = ["observe", "cggm", "balance", "recipe"]
 def test_all_that_the_host_reads_of_a_step_goes_over_at_once(way):
     engine, _ = steps(way, toy.MODALITIES)
     assert within_the_third_step(engine, Reads()).seen == {"cpu": 1, "tolist": 1}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda balance, step: bool(torch.isfinite(balance).all()),
+        lambda balance, step: balance.max().item(),
+        lambda balance, step: step.losses[balance > 0],
+        lambda balance, step: torch.masked_select(step.losses, balance > 0),
+        lambda balance, step: balance.nonzero(),
+        lambda balance, step: balance.to("cpu"),
+        lambda balance, step: balance.to(device="cpu", dtype=torch.float64),
+        lambda balance, step: (balance > 0).any().item(),
+        lambda balance, step: (balance > 0).cpu(),
+    ],
+)
+def test_a_read_more_is_seen(read, monkeypatch):
+    modulate = CGGM.modulate
+    monkeypatch.setattr(CGGM, "modulate", lambda self, step: (read(self.balance, step), modulate(self, step)))
+    engine, _ = steps("cggm", toy.MODALITIES)
+    assert within_the_third_step(engine, Reads()).seen.total() == 3
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -45,6 +45,7 @@ class MaskedNetwork(ToyNetwork):
     def fuse(self, outputs: dict[str, Tensor], size: Sequence[int], present: Tensor | None = None) -> Tensor:
         features = torch.stack([outputs[m] for m in self.encoders], dim=1)
         if present is not None:
+            features = features.repeat(len(present) // len(features), 1, 1, 1, 1)
             features = features.masked_fill(~present[:, :, None, None, None], 0.0)
         return self.head(self.trunk(features.flatten(1, 2)))
 
