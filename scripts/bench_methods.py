@@ -10,7 +10,8 @@ Arms are those of a study (methods_brats_2mm), with its network and batch, and t
 classifiers that only watch, and `ume`. A step is what happens between two batches: forward and backward passes, the
 method, clipping, the optimizer, the log. Times are CPU time of this process with one thread, and on a GPU wall-clock
 time once it has done its work; all arms take turns, an epoch each, so that whatever else the machine does meets them
-alike. The first turn does not count. Means, because ReconBoost's steps are of two kinds.
+alike. The first turn does not count. Ratios are of means, because ReconBoost's steps are of two kinds, of which a
+median would show one; medians stand beside them, and where the two differ elsewhere, something disturbed the steps.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def bench(arms: Sequence[Arm], study: Study, folder: Path, rounds: int, device: 
         "machine": facts,
         "titles": {arm.name: arm.title for arm in arms},
         "ms_per_step": {name: round(value, 1) for name, value in means.items()},
+        "median_ms": {name: round(float(np.median(values)), 1) for name, values in times.items()},
         "standard_error_ms": {n: round(float(np.std(v) / len(v) ** 0.5), 2) for n, v in times.items()},
         "times_joint": {name: round(value / means["joint"], 3) for name, value in means.items()},
     }
@@ -165,15 +167,16 @@ def take_turns(
 
 def show(result: dict[str, Any]) -> None:
     """Print the numbers as a table."""
-    table = Table(title=f"One training step, {result['study']}, {result['machine']['processor']}")
-    for column, justify in (("arm", "left"), ("", "left"), ("ms", "right"), ("±", "right"), ("× joint", "right")):
-        table.add_column(column, justify="left" if justify == "left" else "right")
+    table = Table(title=f"One training step, {result['study']}, {result['machine']['processor']}, {result['clock']}")
+    for column in ("arm", "", "mean ms", "±", "median ms", "× joint"):
+        table.add_column(column, justify="left" if column in ("arm", "") else "right")
     for name in sorted(result["ms_per_step"], key=result["ms_per_step"].get):
         table.add_row(
             name,
             result["titles"][name],
             f"{result['ms_per_step'][name]:.1f}",
             f"{result['standard_error_ms'][name]:.1f}",
+            f"{result['median_ms'][name]:.1f}",
             f"{result['times_joint'][name]:.2f}",
         )
     Console().print(table)

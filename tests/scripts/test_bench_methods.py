@@ -40,6 +40,8 @@ def test_steps_that_count_are_timed_and_related_to_joint_training(invoke, tmp_pa
     for arm, milliseconds in numbers["ms_per_step"].items():
         assert numbers["times_joint"][arm] == pytest.approx(milliseconds / numbers["ms_per_step"]["joint"], abs=0.01)
         assert milliseconds > 1
+        # of two steps the median is the mean
+        assert numbers["median_ms"][arm] == milliseconds
         assert arm in result.output
 
 
