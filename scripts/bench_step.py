@@ -9,10 +9,18 @@
 
 Trainings: `joint`; `observe`, joint training with classifiers that watch; `cggm`, the paper's; `recipe`, the default of
 train.yaml, modality dropout and light auxiliary losses. The sizes are those of the bundle brats_cggm, alone and with
-hardware/cpu.yaml, on random images. A step is what happens between two batches. On a CPU times are CPU time of this
-process; all trainings take turns, a step each, so that whatever else the machine does meets them alike, and the median
-counts. The floor is arithmetic: floating-point operations of convolutions and matrix products, counted by PyTorch, over
-those of joint training. Encoder passes and transfers to the host are counted, too.
+hardware/cpu.yaml, on random images. A step is what happens between two batches. With one thread of a CPU times are CPU
+time of this process, otherwise wall-clock time; all trainings take turns, a step each, so that whatever else the
+machine does meets them alike, and the median counts.
+
+Two numbers are arithmetic: floating-point operations of convolutions and matrix products, counted by PyTorch, over
+those of joint training. `done` are those that the step executed. `floor` are those that it cannot do without, added up
+from parts that run alone: joint training, the classifiers forwards and backwards on features that stand still (for the
+recipe: on features that learn, and the fusion once more), for CGGM the derivative of g_F by both of its factors. Passes
+through encoders are counted, forwards + backwards; on a GPU, how often the host waits for it, too.
+
+With --growth a straight line through the modalities, the pixels and the voxels of a batch, and how far from it the
+points lie.
 """
 
 from __future__ import annotations
@@ -24,7 +32,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -39,7 +49,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from timing import check_device, clock_name, clock_of, machine
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from monai_cggm.batches import prepare_batch
@@ -54,6 +63,8 @@ from monai_cggm.resources import share_path
 WAYS = ("joint", "observe", "cggm", "recipe")
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 CLASSES = 4
+#: what grows, by the last word of a size's name
+FAMILIES = ("modalities", "pixels", "voxels")
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,13 @@ class Size:
 
 
 def main(
-    sizes: Annotated[str, typer.Option(help="Of small and paper, with commas.")] = "small,paper",
-    ways: Annotated[str, typer.Option(help="Trainings, with commas; joint is always there.")] = ",".join(WAYS),
+    sizes: Annotated[str | None, typer.Option(help="Of small and paper, with commas; without it both.")] = None,
+    ways: Annotated[
+        str | None, typer.Option(help=f"Of {', '.join(WAYS)}, with commas; without it all; joint is always there.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch: Annotated[int, typer.Option(min=1, help="Slices of a step at the paper's size.")] = 2,
+    batch: Annotated[int | None, typer.Option(min=1, help="Slices of a step at the paper's size; 2.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a CPU.")] = 1,
     growth: Annotated[bool, typer.Option(help="Time joint and cggm at several sizes instead.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the growth (.svg, .png).")] = None,
@@ -84,26 +97,39 @@ def main(
     check_device(device)
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
-    chosen = ["joint", *(way for way in ways.split(",") if way != "joint")]
-    known = sizes_of_the_bundle(batch)
-    for given, there in ((chosen, WAYS), (sizes.split(","), tuple(known))):
+    check_combination(growth, {"sizes": sizes, "ways": ways, "batch": batch}, plot)
+    chosen = ["joint", *(way for way in (ways.split(",") if ways else WAYS) if way != "joint")]
+    known = sizes_of_the_bundle(batch or 2)
+    of_these = sizes.split(",") if sizes else list(known)
+    for given, there in ((chosen, WAYS), (of_these, tuple(known))):
         unknown = [name for name in given if name not in there]
         if unknown:
             raise typer.BadParameter(f"there is no {', '.join(unknown)}, only {', '.join(there)}")
     facts = {"clock": clock_name(device), "machine": machine(device)}
-    asked = growing(known["small"]) if growth else {name: known[name] for name in sizes.split(",")}
+    asked = growing(known["small"]) if growth else {name: known[name] for name in of_these}
     chosen = ["joint", "cggm"] if growth else chosen
     with Progress(console=Console(stderr=True)) as progress:
         results = {
             name: bench(size, chosen, rounds, torch.device(device), progress, name) for name, size in asked.items()
         }
     for name, result in results.items():
-        show(name, result)
+        show(name, result, facts["clock"])
+    facts["lines"] = lines_of(results)
+    show_lines(facts["lines"])
     if plot is not None:
         draw(results, plot)
     if json_file is not None:
         with atomic_path(json_file) as temporary:
             temporary.write_text(json.dumps({**facts, "sizes": results}, indent=2) + "\n", encoding="utf-8")
+
+
+def check_combination(growth: bool, of_sizes: Mapping[str, object], plot: Path | None) -> None:
+    """Refuse options that would have no effect."""
+    given = [f"--{name}" for name, value in of_sizes.items() if value is not None]
+    if growth and given:
+        raise typer.BadParameter(f"--growth has sizes and trainings of its own: leave out {', '.join(given)}")
+    if plot is not None and not growth:
+        raise typer.BadParameter("--plot draws what --growth measures: give both")
 
 
 def sizes_of_the_bundle(paper_batch: int) -> dict[str, Size]:
@@ -146,7 +172,8 @@ def trainer_of(way: str, size: Size, device: torch.device) -> SupervisedTrainer:
     layers: dict[str, Any] = {"decoder_channels": size.decoder_channels, "low_reduced": size.low_reduced}
     network = MultimodalSegmenter(modalities, CLASSES, encoder=dict(size.encoder), **layers).to(device)
     if size.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        last = torch.channels_last if len(size.image) == 2 else torch.channels_last_3d
+        network.to(memory_format=last)  # type: ignore[call-overload]
     batch = {
         "image": torch.randn(size.batch, size.modalities, *size.image),
         "label": torch.randint(0, CLASSES, (size.batch, 1, *size.image)),
@@ -171,6 +198,7 @@ def trainer_of(way: str, size: Size, device: torch.device) -> SupervisedTrainer:
         prepare_batch=prepare_batch,
         train_handlers=[*handlers, ClipGradients(trained, 1.0)],
         decollate=False,
+        optim_set_to_none=True,
     )
 
 
@@ -185,19 +213,25 @@ def bench(
     for turn in progress.track(range(1, rounds + 2), description=title):
         for way, trainer in trainers.items():
             step(trainer, turn)
+            trainer.optimizer.zero_grad(set_to_none=True)  # leave the memory to the others
             if turn == 1:
                 times[way].clear()
-    counts = {way: counted(trainer, rounds + 2) for way, trainer in trainers.items()}
+    times = {way: list(values) for way, values in times.items()}  # the steps that follow are not timed
     medians = {way: float(np.median(values)) for way, values in times.items()}
+    counts = {way: counted(trainer, rounds + 2) for way, trainer in trainers.items()}
+    floor = floors(trainers["joint"].network, size, device, counts["joint"]["flops"])
+    waits = {w: host_waits(t, rounds + 3) for w, t in trainers.items()} if device.type == "cuda" else None
     return {
         "size": {**vars(size), "encoder": dict(size.encoder)},
         "rounds": rounds,
+        "steps": {way: len(values) for way, values in times.items()},
         "ms_per_step": {way: round(value, 2) for way, value in medians.items()},
         "quartiles_ms": {way: np.percentile(values, [25, 75]).round(2).tolist() for way, values in times.items()},
         "times_joint": {way: round(value / medians["joint"], 3) for way, value in medians.items()},
-        "floor": {way: round(count["flops"] / counts["joint"]["flops"], 3) for way, count in counts.items()},
-        "encoder_passes": {way: count["encoder_passes"] for way, count in counts.items()},
-        "transfers": {way: count["transfers"] for way, count in counts.items()},
+        "floor": {way: round(floor[way], 3) for way in ways},
+        "done": {way: round(count["flops"] / counts["joint"]["flops"], 3) for way, count in counts.items()},
+        "encoder_passes": {way: [count["forward"], count["backward"]] for way, count in counts.items()},
+        "host_waits": waits,
     }
 
 
@@ -208,7 +242,7 @@ def step(trainer: SupervisedTrainer, turn: int) -> None:
 
 
 def time_steps(trainer: SupervisedTrainer, times: list[float], device: torch.device) -> None:
-    """Add the milliseconds of each step to ``times``: CPU time, or on a GPU time with everything finished."""
+    """Add the milliseconds of each step to ``times``, by the clock of this device."""
     now = clock_of(device.type)
     started: list[float] = []
     trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lambda _engine: started.append(now()))
@@ -224,45 +258,119 @@ def backward_operations(grad_out: Any, x: Any, weight: Any, *settings: Any, out_
     return sum(output_mask[:2]) * conv_flop_count(x, weight, grad_out, transposed)
 
 
-class Transfers(TorchDispatchMode):
-    """Count what makes the host wait for the device, or would on a GPU: reading a number, copying to a CPU tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].is_cuda and not result.is_cuda:
-            self.count += 1
-        return result
+def counter() -> FlopCounterMode:
+    """Count floating-point operations."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward_operations})
 
 
 def counted(trainer: SupervisedTrainer, turn: int) -> dict[str, int]:
-    """Floating-point operations, passes through encoders and transfers to the host, of one step."""
-    passes: list[str] = []
-    own = {torch.ops.aten.convolution_backward: backward_operations}
-    flops, transfers = FlopCounterMode(display=False, custom_mapping=own), Transfers()
+    """Floating-point operations of one step, and passes through encoders, forwards and backwards."""
+    passes: Counter[str] = Counter()
+
+    def ran(_module: object, _inputs: object, features: Sequence[torch.Tensor]) -> None:
+        passes["forward"] += 1
+        features[-1].register_hook(lambda _gradient: passes.update(["backward"]))
+
+    flops = counter()
     with contextlib.ExitStack() as hooks, contextlib.ExitStack() as modes:
         for encoder in cast(torch.nn.ModuleDict, trainer.network.encoders).values():
-            hooks.callback(encoder.register_forward_hook(lambda *_: passes.append("one")).remove)
-        trainer.add_event_handler(
-            Events.ITERATION_STARTED, lambda _engine: [modes.enter_context(mode) for mode in (flops, transfers)]
-        )
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _engine: modes.close())
+            hooks.callback(encoder.register_forward_hook(ran).remove)
+        begins = trainer.add_event_handler(Events.ITERATION_STARTED, lambda _engine: modes.enter_context(flops))
+        ends = trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _engine: modes.close())
+        hooks.callback(begins.remove)
+        hooks.callback(ends.remove)
         step(trainer, turn)
-    return {"flops": flops.get_total_flops(), "encoder_passes": len(passes), "transfers": transfers.count}
+    return {"flops": flops.get_total_flops(), **{kind: passes[kind] for kind in ("forward", "backward")}}
 
 
-def show(name: str, result: Mapping[str, Any]) -> None:
+def floors(network: torch.nn.Module, size: Size, device: torch.device, joint: int) -> dict[str, float]:
+    """Operations that each training cannot do without, over those of joint training: its parts, each run alone."""
+    network = cast(MultimodalSegmenter, network)
+    classifiers = UnimodalClassifiers.for_network(network, low_reduced=size.low_reduced).to(device)
+    with torch.no_grad():
+        image = torch.zeros(size.batch, size.modalities, *size.image, device=device)
+        features = {m: network.encoders[m](image[:, i : i + 1]) for i, m in enumerate(network.modalities)}
+    low = next(iter(features.values()))[0]
+    positions = low.shape[0] * int(np.prod(low.shape[2:]))
+    # g_F = sum over positions of δ ⊗ z: its derivative by δ, and by z
+    by_factors = 2 * 2 * positions * network.head.in_channels * CLASSES
+    watching = alone(lambda leaves: list(classifiers(leaves, size.image).values()), features, learn=False)
+    teaching = alone(lambda leaves: list(classifiers(leaves, size.image).values()), features, learn=True)
+    fusing = alone(lambda leaves: [network.fuse(leaves, size.image)], features, learn=True)
+    extra = {"joint": 0, "observe": watching, "cggm": watching + by_factors, "recipe": teaching + fusing}
+    return {way: 1 + operations / joint for way, operations in extra.items()}
+
+
+def alone(
+    run: Callable[[dict[str, tuple[torch.Tensor, ...]]], list[torch.Tensor]],
+    features: Mapping[str, Sequence[torch.Tensor]],
+    *,
+    learn: bool,
+) -> int:
+    """Operations of a part on encoders' features, forwards and backwards; with ``learn`` to the features, too."""
+    leaves = {m: tuple(h.detach().clone().requires_grad_(learn) for h in pair) for m, pair in features.items()}
+    with counter() as flops:
+        torch.stack([logits.sum() for logits in run(leaves)]).sum().backward()
+    return int(flops.get_total_flops())
+
+
+def host_waits(trainer: SupervisedTrainer, turn: int) -> int:
+    """How often the host waits for the GPU in one step."""
+    with warnings.catch_warnings(record=True) as heard, contextlib.ExitStack() as after:
+        warnings.simplefilter("always")
+        after.callback(torch.cuda.set_sync_debug_mode, "default")
+        begins = trainer.add_event_handler(
+            Events.GET_BATCH_COMPLETED, lambda _engine: torch.cuda.set_sync_debug_mode("warn")
+        )
+        ends = trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda _engine: torch.cuda.set_sync_debug_mode("default")
+        )
+        after.callback(begins.remove)
+        after.callback(ends.remove)
+        step(trainer, turn)
+    return sum("synchronizing" in str(warning.message) for warning in heard)
+
+
+def lines_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """A straight line through each family of sizes, by training: milliseconds a unit, at none, and the worst residual.
+
+    Residuals are shares of the time measured. A family needs three points: two always lie on a line.
+    """
+    lines: dict[str, dict[str, dict[str, float]]] = {}
+    for family in FAMILIES:
+        members = [result for name, result in results.items() if name.split()[-1] == family]
+        if len(members) < 3:
+            continue
+        at = np.array([position(family, result) for result in members])
+        lines[family] = {}
+        for way in members[0]["ms_per_step"]:
+            measured = np.array([result["ms_per_step"][way] for result in members])
+            slope, start = np.polyfit(at, measured, 1)
+            off = float(np.max(np.abs(slope * at + start - measured) / measured))
+            lines[family][way] = {
+                "ms_per_unit": float(f"{slope:.4g}"),
+                "ms_at_none": round(float(start), 2),
+                "worst_residual": round(off, 3),
+            }
+    return lines
+
+
+def position(family: str, result: Mapping[str, Any]) -> float:
+    """Modalities, or the pixels or voxels of a whole batch."""
+    size = result["size"]
+    return float(size["modalities"] if family == "modalities" else size["batch"] * np.prod(size["image"]))
+
+
+def show(name: str, result: Mapping[str, Any], clock: str) -> None:
     """Print one size's numbers as a table."""
     size = result["size"]
     table = Table(
         title=f"{name}: {size['modalities']} × {size['encoder']['backbone']}, batch {size['batch']}, "
-        f"{'×'.join(map(str, size['image']))}"
+        f"{'×'.join(map(str, size['image']))}, {clock}"
     )
-    for column in ("training", "ms", "quartiles", "× joint", "floor", "encoders", "transfers"):
+    waits = result["host_waits"]
+    columns = ["training", "ms", "quartiles", "× joint", "floor", "done", "encoders", *(["waits"] if waits else [])]
+    for column in columns:
         table.add_column(column, justify="left" if column == "training" else "right", no_wrap=True)
     for way, milliseconds in result["ms_per_step"].items():
         low, high = result["quartiles_ms"][way]
@@ -272,28 +380,42 @@ def show(name: str, result: Mapping[str, Any]) -> None:
             f"{low:.0f}–{high:.0f}",
             f"{result['times_joint'][way]:.2f}",
             f"{result['floor'][way]:.2f}",
-            str(result["encoder_passes"][way]),
-            str(result["transfers"][way]),
+            f"{result['done'][way]:.2f}",
+            "{} + {}".format(*result["encoder_passes"][way]),
+            *([str(waits[way])] if waits else []),
         )
     Console().print(table)
 
 
+def show_lines(lines: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Print how steps grow, where that was measured."""
+    for family, ways in lines.items():
+        for way, line in ways.items():
+            Console().print(
+                f"{way} over {family}: {line['ms_per_unit']:.3g} ms each, {line['ms_at_none']:.1f} ms at none, "
+                f"at most {100 * line['worst_residual']:.0f}% off the line"
+            )
+
+
 def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw a step's time over the number of modalities, the pixels and the voxels."""
+    """Draw a step's time over the number of modalities, and the pixels and the voxels of a batch."""
     import matplotlib.pyplot as plt
 
-    families: dict[str, list[tuple[float, Mapping[str, Any]]]] = {"modalities": [], "pixels": [], "voxels": []}
+    families: dict[str, list[tuple[float, Mapping[str, Any]]]] = {family: [] for family in FAMILIES}
     for name, result in results.items():
         family = name.split()[-1]
-        size = result["size"]
-        at = size["modalities"] if family == "modalities" else float(np.prod(size["image"]))
         if family in families:
-            families[family].append((at, result))
+            families[family].append((position(family, result), result))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for ax, (family, points) in zip(axes, families.items(), strict=True):
         for way, colour in (("joint", "#000000"), ("cggm", "#0072B2")):
             ax.plot([p for p, _ in points], [r["ms_per_step"][way] for _, r in points], "o-", color=colour, label=way)
-        ax.set(xlabel=family, ylabel="ms a step", ylim=(0, None), xlim=(0, None))
+        ax.set(
+            xlabel=family if family == "modalities" else f"{family} of a batch",
+            ylabel="ms a step",
+            ylim=(0, None),
+            xlim=(0, None),
+        )
     axes[0].legend()
     with atomic_path(file) as temporary:
         figure.savefig(temporary, format=file.suffix.lstrip(".") or "svg")

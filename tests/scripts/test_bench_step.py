@@ -69,31 +69,105 @@ def test_each_training_is_related_to_joint_training(invoke, tmp_path: Path):
     out = tmp_path / "step.json"
     result = invoke("--sizes", "small", "--rounds", "2", "--json", str(out))
     assert result.exit_code == 0, result.output
-    numbers = json.loads(out.read_text())["sizes"]["small"]
+    written = json.loads(out.read_text())
+    assert (written["clock"], written["machine"]["device"], written["lines"]) == ("CPU time", "cpu", {})
+    numbers = written["sizes"]["small"]
     assert list(numbers["ms_per_step"]) == ["joint", "observe", "cggm", "recipe"]
     for way, milliseconds in numbers["ms_per_step"].items():
         assert numbers["times_joint"][way] == pytest.approx(milliseconds / numbers["ms_per_step"]["joint"], abs=0.01)
-        assert numbers["encoder_passes"][way] == 4
+        assert numbers["encoder_passes"][way] == [4, 4]
+        assert numbers["steps"][way] == 2
         assert way in result.output
+    assert numbers["host_waits"] is None
     # what CGGM adds to watching are the gradients of the head; the recipe runs the fusion twice
-    floor = numbers["floor"]
-    assert 1 < floor["observe"] < floor["cggm"] < floor["recipe"] < 2
+    floor, done = numbers["floor"], numbers["done"]
+    assert 1 == floor["joint"] < floor["observe"] < floor["cggm"] < floor["recipe"] < 2
+    for way, least in floor.items():
+        # the steps do little that the parts do not: the heads' gradients by their closed form
+        assert least <= done[way] < 1.05 * least, way
+
+
+def test_only_steps_that_take_their_turn_are_timed_and_no_gradient_stays(script, monkeypatch):
+    size = replace(
+        script.sizes_of_the_bundle(2)["small"], image=(16, 16), batch=2, modalities=2,
+        encoder={"backbone": "resnet18", "width": 8, "norm": "batch"},
+    )  # fmt: skip
+    trainers = []
+    build = script.trainer_of
+    monkeypatch.setattr(script, "trainer_of", lambda *given: trainers.append(build(*given)) or trainers[-1])
+    held: list[int] = []
+    take = script.step
+
+    def step(trainer, turn):
+        held.append(sum(p.grad is not None for t in trainers if t is not trainer for p in t.network.parameters()))
+        take(trainer, turn)
+
+    monkeypatch.setattr(script, "step", step)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(script, "clock_of", lambda _device: lambda: float(next(ticks)))
+    with script.Progress(disable=True) as progress:
+        found = script.bench(size, ["joint", "cggm"], 3, torch.device("cpu"), progress, "tiny")
+    assert found["steps"] == {"joint": 3, "cggm": 3}
+    assert found["ms_per_step"] == {"joint": 1000.0, "cggm": 1000.0}
+    assert set(held[: 2 * 4]) == {0}
+
+
+def test_an_encoder_run_twice_more_raises_what_was_done_and_not_the_floor(script, monkeypatch):
+    size = replace(
+        script.sizes_of_the_bundle(2)["small"], image=(16, 16), batch=2, modalities=2,
+        encoder={"backbone": "resnet18", "width": 8, "norm": "batch"},
+    )  # fmt: skip
+    modulate = script.CGGM.modulate
+
+    def wasteful(self, step):
+        for encoder in self.encoders.values():
+            encoder(step.inputs[self.modalities[0]])[-1].sum().backward()
+        modulate(self, step)
+
+    with script.Progress(disable=True) as progress:
+        before = script.bench(size, ["joint", "cggm"], 1, torch.device("cpu"), progress, "tiny")
+        monkeypatch.setattr(script.CGGM, "modulate", wasteful)
+        after = script.bench(size, ["joint", "cggm"], 1, torch.device("cpu"), progress, "tiny")
+    assert after["floor"] == before["floor"]
+    assert after["done"]["cggm"] > before["done"]["cggm"] + 0.3
+    assert (before["encoder_passes"]["cggm"], after["encoder_passes"]["cggm"]) == ([2, 2], [4, 4])
+
+
+def test_lines_through_a_family(script):
+    def result(modalities, image, ms):
+        return {"size": {"modalities": modalities, "image": image, "batch": 5}, "ms_per_step": {"joint": ms}}
+
+    sizes = {f"{m} modalities": result(m, (8, 8), 3.0 * m + 2.0) for m in (2, 3, 5)}
+    sizes |= {f"{n}×{n} pixels": result(4, (n, n), 0.5 * 5 * n * n + (n == 8)) for n in (2, 4, 8)}
+    sizes |= {"two voxels": result(4, (2, 1, 1), 1.0), "one voxels": result(4, (1, 1, 1), 1.0)}
+    lines = script.lines_of(sizes)
+    assert list(lines) == ["modalities", "pixels"]
+    assert lines["modalities"]["joint"] == {"ms_per_unit": 3.0, "ms_at_none": 2.0, "worst_residual": 0.0}
+    assert lines["pixels"]["joint"]["ms_per_unit"] == pytest.approx(0.5, abs=0.01)
+    assert 0.005 < lines["pixels"]["joint"]["worst_residual"] < 0.1
 
 
 @pytest.mark.slow
 def test_growth_is_drawn(invoke, script, monkeypatch, tmp_path: Path):
-    few = {"2 modalities": 2, "3 modalities": 3}
+    few = {"2 modalities": 2, "3 modalities": 3, "4 modalities": 4}
     monkeypatch.setattr(
-        script, "growing", lambda size: {name: replace(size, modalities=number) for name, number in few.items()}
-    )
+        script, "growing", lambda size: {
+            **{name: replace(size, modalities=number) for name, number in few.items()},
+            "16×16×16 voxels": replace(
+                size, modalities=2, batch=1, image=(16,) * 3, encoder={**size.encoder, "spatial_dims": 3}
+            ),
+        }
+    )  # fmt: skip
     picture, out = tmp_path / "growth.svg", tmp_path / "growth.json"
     result = invoke("--growth", "--rounds", "1", "--plot", str(picture), "--json", str(out))
     assert result.exit_code == 0, result.output
     assert picture.read_text().lstrip().startswith("<?xml")
-    sizes = json.loads(out.read_text())["sizes"]
-    assert {name: s["encoder_passes"] for name, s in sizes.items()} == {
-        name: {"joint": number, "cggm": number} for name, number in few.items()
+    written = json.loads(out.read_text())
+    assert {name: s["encoder_passes"] for name, s in written["sizes"].items()} == {
+        name: {"joint": [number] * 2, "cggm": [number] * 2} for name, number in {**few, "16×16×16 voxels": 2}.items()
     }
+    assert list(written["lines"]) == ["modalities"]
+    assert "cggm over modalities" in result.output
 
 
 @pytest.mark.parametrize("arguments", [("--sizes", "tiny"), ("--ways", "joint,cgm")])
@@ -101,3 +175,19 @@ def test_what_does_not_exist_is_named(invoke, arguments):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "there is no" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--growth", "--sizes", "small"), "--sizes"),
+        (("--growth", "--ways", "joint"), "--ways"),
+        (("--growth", "--batch", "2"), "--batch"),
+        (("--plot", "growth.svg"), "--growth"),
+    ],
+)
+def test_options_without_effect_are_refused(invoke, arguments, told):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert told in result.output
+    assert "leave out" in result.output or "give both" in result.output
