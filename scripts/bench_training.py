@@ -16,7 +16,10 @@ Four parts, each on phantoms that are made first:
   its peak. On a GPU the peak is PyTorch's count of allocated memory; on a CPU it is added up from the profiler's record
   of allocations, which knows PyTorch's tensors and not the working memory inside of a library's convolutions.
 - Where a step's time goes: the five operations with the most time of their own.
-- Two processes (torchrun, half of the batch each) over one, wall-clock time, one thread each on CPUs.
+- Processes of their own, wall-clock time, by turns: one, one whose loader has two workers, and two (torchrun, half of
+  the batch each). Prepared volumes are on disk already (``cache_dir``). How long a process takes to its first step and
+  through its first validation; and, in its second epoch, how long a step waits for its batch, beyond what the loader
+  does while the step before trains, how long the step takes, and the validation, of one volume.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 import typer
@@ -61,6 +65,12 @@ WAYS = ("channels_last", "fused_optimizer", "checkpointing", "compile", "amp_bf1
 #: memory that CGGM's classifiers take on BraTS, in MB: Table 8 of the paper
 TABLE_8_MB = 24
 SLOWEST = 5
+#: processes of their own: how many of them, and workers of their loaders
+STARTS = {"one process": (1, 0), "one process, 2 workers": (1, 2), "two processes": (2, 0)}
+#: times that their epoch, of two steps otherwise, goes over its cases: what a loader has in store at its start must end
+REPEATED = 4
+#: a process that has not ended after this many seconds hangs
+LIMIT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Epochs that count, two steps each.")] = 8,
     volumes: Annotated[int | None, typer.Option(min=2, help="Volumes in a batch, an even number.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of this process.")] = 1,
-    scaling: Annotated[bool, typer.Option(help="Measure two processes, too.")] = True,
+    repeats: Annotated[int, typer.Option(min=0, help="Times that processes of their own are started.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
     worker: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -145,7 +155,7 @@ def main(
     chosen = check_choice(device, size, method, ways, volumes)
     with tempfile.TemporaryDirectory() as scratch:
         plan = Plan(size, device, method, volumes or SIZES[size].volumes, rounds, scratch)
-        result = bench(plan, chosen, scaling)
+        result = bench(plan, chosen, repeats)
     show(result)
     if json_file is not None:
         with atomic_path(json_file) as temporary:
@@ -169,7 +179,7 @@ def check_choice(device: str, size: str, method: str, ways: str | None, volumes:
     return chosen
 
 
-def bench(plan: Plan, ways: Sequence[str], scaling: bool) -> dict[str, Any]:
+def bench(plan: Plan, ways: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure all, and return the numbers: milliseconds, and MB of 2**20 bytes."""
     size = SIZES[plan.size]
     write_phantoms(Path(plan.folder) / "phantoms", cases=2 * plan.volumes + 2, shape=size.shape, spacing=size.spacing)
@@ -182,7 +192,7 @@ def bench(plan: Plan, ways: Sequence[str], scaling: bool) -> dict[str, Any]:
     ):
         timed = time_ways(plan, [way for way in ways if way not in left_out], progress)
         memory, slowest = weigh(plan, progress)
-        scaled = scale(plan) if scaling else {"left_out": "not asked for"}
+        started = start_all(plan, repeats, progress)
     return {
         **{key: value for key, value in asdict(plan).items() if key != "folder"},
         "clock": clock_name(plan.device),
@@ -192,7 +202,7 @@ def bench(plan: Plan, ways: Sequence[str], scaling: bool) -> dict[str, Any]:
         "memory_mb": memory,
         "table_8_mb": TABLE_8_MB,
         "slowest": slowest,
-        "scaling": scaled,
+        **started,
     }
 
 
@@ -210,8 +220,10 @@ def why_not(way: str, device: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------- a trainer
 
 
-def workflow_of(plan: Plan, name: str, overlays: Sequence[str] = (), method: str | None = None) -> ConfigWorkflow:
-    """Build the bundle's training as a run of it does, up to the training itself."""
+def workflow_of(
+    plan: Plan, name: str, overlays: Sequence[str] = (), method: str | None = None, **settings: Any
+) -> ConfigWorkflow:
+    """Build the bundle's training as a run of it does, up to the training itself; ``settings`` go over the plan's."""
     size, method = SIZES[plan.size], method or plan.method
     folder = Path(plan.folder)
     plain = folder / "size.json"
@@ -235,6 +247,7 @@ def workflow_of(plan: Plan, name: str, overlays: Sequence[str] = (), method: str
         "warmup_epochs": 1,
         "val_interval": plan.rounds + 2,
         "image_interval": plan.rounds + 2,
+        **settings,
     }
     if "multi_gpu_train.yaml" in overlays:
         del values["device"]  # the overlay gives each process its own
@@ -395,45 +408,107 @@ def slowest_operations(record: profile, device: str) -> list[dict[str, Any]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- two processes
+# ---------------------------------------------------------------------------------------- processes of their own
 
 
-def scale(plan: Plan) -> dict[str, Any]:
-    """Wall-clock time of a step by one process and by two that share the batch; or why it cannot be measured."""
+def start_all(plan: Plan, repeats: int, progress: Progress) -> dict[str, Any]:
+    """Start processes of each kind by turns; medians over ``repeats``, or why a kind cannot be measured."""
     there = cores() if plan.device == "cpu" else torch.cuda.device_count()
-    if there < 2:
-        return {"left_out": f"two processes need two {'cores' if plan.device == 'cpu' else 'GPUs'}, found {there}"}
-    medians = {}
-    for processes in (1, 2):
-        order = Path(plan.folder) / f"processes_{processes}.json"
-        order.write_text(json.dumps(asdict(plan)))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if plan.device == "cpu" else {}
-        done = subprocess.run(
-            [*torchrun, str(Path(__file__).resolve()), "--worker", str(order)],
-            env={**os.environ, **hidden},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            return {"left_out": f"{processes} processes failed: {done.stderr.strip().splitlines()[-1]}"}
-        medians[processes] = float(np.median(json.loads(order.with_suffix(".times").read_text())))
-    return {
-        "ms_per_step": {str(processes): round(value, 2) for processes, value in medians.items()},
-        "times_faster": round(medians[1] / medians[2], 3),
+    needed = "cores" if plan.device == "cpu" else "GPUs"
+    left_out: dict[str, str] = {}
+    found: dict[str, list[dict[str, float]]] = {}
+    if repeats:
+        workflow_of(plan, "store", cache_dir=f"{plan.folder}/store")  # prepares the volumes
+        gc.collect()
+    turns = [(repeat, kind) for repeat in range(repeats) for kind in STARTS]
+    for repeat, kind in progress.track(turns, description="starting"):
+        processes, workers = STARTS[kind]
+        if there < processes:
+            left_out[kind] = f"two processes need two {needed}, found {there}"
+        if kind in left_out:
+            continue
+        order = Path(plan.folder) / f"start_{len(found)}_{repeat}_{processes}_{workers}.json"
+        try:
+            found.setdefault(kind, []).append(in_processes(plan, order, processes, workers))
+        except (ChildProcessError, subprocess.TimeoutExpired) as error:
+            left_out[kind] = str(error)
+            found.pop(kind, None)
+    rows = {
+        kind: {key: round(float(np.median([one[key] for one in several])), 4) for key in several[0]}
+        for kind, several in found.items()
     }
+    steps = {kind: [round(one["step_ms"], 2) for one in several] for kind, several in found.items()}
+    return {"starts": rows, "step_ms_of_each_start": steps, "starts_left_out": left_out}
+
+
+def in_processes(plan: Plan, order: Path, processes: int, workers: int) -> dict[str, float]:
+    """Run this script's worker as one process, or as several by torchrun; what they measured."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(Path(__file__).resolve())]
+    command += ["--worker", str(order), "--threads", str(torch.get_num_threads())]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if plan.device == "cpu" else {}
+    order.write_text(json.dumps({"plan": asdict(plan), "workers": workers, "started": time.time()}))
+    child = subprocess.Popen(
+        command, env={**os.environ, **hidden}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, errors = child.communicate(timeout=LIMIT_S)
+    except BaseException:
+        child.terminate()  # torchrun ends its processes, too
+        child.wait()
+        raise
+    if child.returncode:
+        raise ChildProcessError((errors.strip().splitlines() or [f"exit status {child.returncode}"])[-1])
+    measured: dict[str, float] = json.loads(order.with_suffix(".times").read_text())
+    return measured
 
 
 def measure_process(order: Path) -> None:
-    """Train as one of the processes of ``torchrun``; the first one writes its times beside ``order``."""
-    plan = Plan(**json.loads(order.read_text()))
-    made = workflow_of(plan, order.stem, ["multi_gpu_train.yaml"])
-    clock = time.perf_counter if plan.device == "cpu" else clock_of(plan.device)
-    times = step_times(trainer_of(made), clock)
-    train_until(trainer_of(made), plan.rounds + 1)
-    if torch.distributed.get_rank() == 0:
-        order.with_suffix(".times").write_text(json.dumps(times[2:]))
+    """Train two epochs, alone or as one of torchrun's processes; the first one writes its times beside ``order``."""
+    asked = json.loads(order.read_text())
+    plan = Plan(**asked["plan"])
+    made = workflow_of(
+        plan,
+        order.stem,
+        ["multi_gpu_train.yaml"] if "WORLD_SIZE" in os.environ else [],
+        cache_dir=f"{plan.folder}/store",
+        num_workers=asked["workers"],
+        epochs=2,
+        val_interval=1,
+        image_interval=2,
+        **{"train#dataset#volumes": f"$type(@train#volumes)(@train#volumes.items * {REPEATED})"},
+    )
+    trainer, validator = trainer_of(made), made.parser.get_parsed_content("validate#evaluator")
+    marks: dict[str, list[float]] = {}
+
+    def mark(_engine: Any, name: str) -> None:
+        if plan.device == "cuda":
+            torch.cuda.synchronize()
+        marks.setdefault(name, []).append(time.time() - asked["started"])
+
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, mark, "asked")
+    trainer.add_event_handler(Events.GET_BATCH_COMPLETED, mark, "got")
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, mark, "done")
+    validator.add_event_handler(Events.STARTED, mark, "validating")
+    validator.add_event_handler(Events.COMPLETED, mark, "validated")
+    train_until(trainer, 2)
+    if idist.get_rank() == 0:
+        order.with_suffix(".times").write_text(json.dumps(spans(marks)))
     made.finalize()
+
+
+def spans(marks: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """From the moments at which two epochs' steps asked for a batch, got it and were done, and those of validations."""
+    asked, got, done = (np.array(marks[name]).reshape(2, -1) for name in ("asked", "got", "done"))
+    waits, steps = (got - asked)[1], (done - got)[1]
+    return {
+        "first_step_s": float(got[0, 0]),
+        "first_validation_s": marks["validated"][0],
+        "first_wait_ms": float(waits[0]) * 1e3,
+        "wait_ms": float(np.median(waits[1:])) * 1e3,
+        "step_ms": float(np.median(steps)) * 1e3,
+        "validation_s": marks["validated"][1] - marks["validating"][1],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the tables
@@ -467,12 +542,14 @@ def show(result: dict[str, Any]) -> None:
     console.print(table_of(title, ["configuration", "held", "a step beyond it", "both"], rows))
     rows = [(o["operation"], str(o["calls"]), f"{o['ms']:.1f}", f"{o['share']:.0%}") for o in result["slowest"]]
     console.print(table_of("Slowest operations of a step", ["operation", "calls", "ms", "share"], rows))
-    scaling = result["scaling"]
-    if "left_out" in scaling:
-        console.print(f"two processes: left out, {scaling['left_out']}")
-    else:
-        one, two = scaling["ms_per_step"]["1"], scaling["ms_per_step"]["2"]
-        console.print(f"two processes: {two:.1f} ms a step, one {one:.1f}: {scaling['times_faster']:.2f} times faster")
+    columns = ("first_step_s", "first_validation_s", "validation_s", "first_wait_ms", "wait_ms", "step_ms")
+    rows = [(kind, *(f"{row[key]:.1f}" for key in columns)) for kind, row in result["starts"].items()]
+    heads = ["", "s to the first step", "to the first validation's end", "s a validation"]
+    heads += ["ms waiting, first batch", "other batches", "ms a step"]
+    if rows:
+        console.print(table_of("Processes of their own, wall-clock time, medians", heads, rows))
+    for kind, reason in result["starts_left_out"].items():
+        console.print(f"{kind}: left out, {reason}")
 
 
 def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -4,9 +4,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -36,7 +38,7 @@ def invoke(script):
 def test_numbers_agree_with_each_other(invoke, script, tmp_path: Path):
     out = tmp_path / "bench.json"
     ways = "checkpointing,amp_bf16"
-    result = invoke("--size", "tiny", "--rounds", "1", "--ways", ways, "--json", str(out))
+    result = invoke("--size", "tiny", "--rounds", "1", "--ways", ways, "--repeats", "1", "--json", str(out))
     assert result.exit_code == 0, result.output
     numbers = json.loads(out.read_text())
     assert numbers["steps"] == {"plain": 2, "checkpointing": 2}
@@ -60,13 +62,16 @@ def test_numbers_agree_with_each_other(invoke, script, tmp_path: Path):
     shares = [row["share"] for row in numbers["slowest"]]
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 1
-    scaling = numbers["scaling"]
+    starts = numbers["starts"]
     if script.cores() < 2:
-        assert "two cores" in scaling["left_out"]
+        assert "two cores" in numbers["starts_left_out"].pop("two processes")
     else:
-        times = scaling["ms_per_step"]
-        assert scaling["times_faster"] == pytest.approx(times["1"] / times["2"], abs=0.01)
-    for said in ("quartiles", "checkpointing", "amp_bf16: left out", "+24 MB", "two proc"):
+        assert set(starts) == set(script.STARTS)
+    assert not numbers["starts_left_out"]
+    for row in starts.values():
+        assert min(row.values()) > 0
+        assert row["first_validation_s"] > row["first_step_s"]
+    for said in ("quartiles", "checkpointing", "amp_bf16: left out", "+24 MB", "one process, 2"):
         assert said in result.output
 
 
@@ -170,10 +175,60 @@ def test_what_does_not_exist_is_named(invoke, arguments, message):
     assert message in result.output.replace("\n", " ").replace("│", "").replace("  ", " ")
 
 
-def test_two_processes_need_two_cores(script, monkeypatch):
-    monkeypatch.setattr(script, "cores", lambda: 1)
-    plan = script.Plan("tiny", "cpu", "joint", 2, 1, "nowhere")
-    assert script.scale(plan) == {"left_out": "two processes need two cores, found 1"}
+def test_kinds_of_processes_take_turns_and_those_that_fail_are_named(script, monkeypatch, tmp_path: Path):
+    started: list[tuple[int, int]] = []
+
+    def in_processes(plan, order: Path, processes: int, workers: int) -> dict[str, float]:
+        started.append((processes, workers))
+        if workers:
+            raise ChildProcessError("RuntimeError: out of memory")
+        return {"step_ms": float(len(started))}
+
+    monkeypatch.setattr(script, "in_processes", in_processes)
+    monkeypatch.setattr(script, "workflow_of", lambda *_, **__: None)
+    plan = script.Plan("tiny", "cpu", "joint", 2, 1, str(tmp_path))
+    with script.Progress() as progress:
+        for cores in (2, 1):
+            monkeypatch.setattr(script, "cores", lambda cores=cores: cores)
+            found = script.start_all(plan, 2, progress)
+            if cores == 2:
+                assert started == [(1, 0), (1, 2), (2, 0), (1, 0), (2, 0)]
+                assert found["starts"] == {"one process": {"step_ms": 2.5}, "two processes": {"step_ms": 4.0}}
+                assert found["step_ms_of_each_start"] == {"one process": [1, 4], "two processes": [3, 5]}
+                assert found["starts_left_out"] == {"one process, 2 workers": "RuntimeError: out of memory"}
+    assert found["starts_left_out"]["two processes"] == "two processes need two cores, found 1"
+    assert script.start_all(plan, 0, progress)["starts"] == {}
+
+
+@pytest.mark.parametrize(
+    ("says", "message"), [("print('no GPU', file=sys.stderr)", "^no GPU$"), ("", "^exit status 3$")]
+)
+def test_a_process_that_fails_says_why(script, monkeypatch, tmp_path: Path, says: str, message: str):
+    failing = tmp_path / "failing.py"
+    failing.write_text(f"import sys\n{says}\nsys.exit(3)\n")
+    monkeypatch.setattr(script, "__file__", str(failing))
+    plan = script.Plan("tiny", "cpu", "joint", 2, 1, str(tmp_path))
+    with pytest.raises(ChildProcessError, match=message):
+        script.in_processes(plan, tmp_path / "order.json", 1, 0)
+
+
+def test_a_process_that_hangs_is_ended(script, monkeypatch, tmp_path: Path):
+    (tmp_path / "hanging.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "hanging.py"))
+    monkeypatch.setattr(script, "LIMIT_S", 0.5)
+    plan = script.Plan("tiny", "cpu", "joint", 2, 1, str(tmp_path))
+    with pytest.raises(subprocess.TimeoutExpired):
+        script.in_processes(plan, tmp_path / "order.json", 1, 0)
+
+
+def test_waits_and_steps_are_those_of_the_second_epoch(script):
+    """Epochs of three steps: waits 1, 2 and 3 ms in the second, steps of 10 ms."""
+    asked = np.array([5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    waits = np.array([500, 500, 500, 1, 2, 3]) / 1e3
+    marks = {"asked": asked, "got": asked + waits, "done": asked + waits + 0.01}
+    found = script.spans({**marks, "validating": [7.6, 10.2], "validated": [7.9, 10.4]})
+    expected = {"first_step_s": 5.5, "first_validation_s": 7.9, "first_wait_ms": 1, "wait_ms": 2.5, "step_ms": 10}
+    assert found == pytest.approx({**expected, "validation_s": 0.2})
 
 
 def test_every_overlay_is_timed(script):
