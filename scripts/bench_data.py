@@ -189,6 +189,7 @@ def read_setup(data: Path, cases: int, stores: Path) -> Setup:
 
 def bench(data: Path, cases: int, ways: Sequence[str], passes: int, repeats: int, stores: Path) -> dict[str, Any]:
     """Write all stores, measure every way in processes of its own, and return the numbers."""
+    facts = machine()
     setup = read_setup(data, cases, stores)
     preparation = [row for way in PREPARE for row in in_a_process(way, data, cases, passes, stores)]
     (stores / "prepare-0").rename(stores / "store")
@@ -213,7 +214,7 @@ def bench(data: Path, cases: int, ways: Sequence[str], passes: int, repeats: int
         "passes": passes,
         "repeats": repeats,
         "clock": "wall and CPU time",
-        "machine": machine(),
+        "machine": facts,
         "preparation": preparation,
         "ways": {way: WAYS[way] for way in ways},
         "skipped": skipped,

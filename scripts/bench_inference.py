@@ -97,6 +97,7 @@ def bench(
     size: str, shape: tuple[int, int, int], batch: int, rounds: int, device: torch.device, model: Path | None
 ) -> dict[str, Any]:
     """Run all ways and return the numbers, times in seconds a volume."""
+    facts = machine(device.type)
     config = ConfigParser()
     config.read_config([str(file) for file in (BUNDLE, *OVERLAYS[size])])
     volume = normalised_phantom(config, shape).to(device)
@@ -120,7 +121,7 @@ def bench(
         "bf16": BF16 in ways,
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "clock": clock_name(device.type),
-        "machine": machine(device.type),
+        "machine": facts,
         "classes_in_brain": torch.bincount(classes[NAIVE][brain].long(), minlength=2).tolist(),
         "seconds_per_volume": {way: round(value, 4) for way, value in medians.items()},
         "least_and_most_seconds": {way: [round(f(values), 4) for f in (min, max)] for way, values in times.items()},

@@ -118,6 +118,7 @@ def bench(
     folder: Path,
 ) -> dict[str, Any]:
     """Make the store, measure every size and number of workers, and return the numbers, memory in megabytes."""
+    facts = machine()
     config = bundle()
     items = load_cases(data, config.get_parsed_content("modalities"))[:cases]
     prepared = cached_volumes(
@@ -136,7 +137,7 @@ def bench(
     per_case = sum(file.stat().st_size for file in originals) / len(originals)
     return {
         "clock": "wall time",
-        "machine": machine(),
+        "machine": facts,
         "cases_repeated": len(originals),
         "sizes": list(sizes),
         "repeats": repeats,

@@ -175,8 +175,7 @@ def trainer_of(way: str, size: Size, device: torch.device) -> SupervisedTrainer:
     layers: dict[str, Any] = {"decoder_channels": size.decoder_channels, "low_reduced": size.low_reduced}
     network = MultimodalSegmenter(modalities, CLASSES, encoder=dict(size.encoder), **layers).to(device)
     if size.channels_last:
-        last = torch.channels_last if len(size.image) == 2 else torch.channels_last_3d
-        network.to(memory_format=last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = {
         "image": torch.randn(size.batch, size.modalities, *size.image),
         "label": torch.randint(0, CLASSES, (size.batch, 1, *size.image)),

@@ -181,6 +181,7 @@ def check_choice(device: str, size: str, method: str, ways: str | None, volumes:
 
 def bench(plan: Plan, ways: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure all, and return the numbers: milliseconds, and MB of 2**20 bytes."""
+    facts = machine(plan.device)
     size = SIZES[plan.size]
     write_phantoms(Path(plan.folder) / "phantoms", cases=2 * plan.volumes + 2, shape=size.shape, spacing=size.spacing)
     left_out = {way: reason for way in ways if (reason := why_not(way, plan.device)) is not None}
@@ -196,7 +197,7 @@ def bench(plan: Plan, ways: Sequence[str], repeats: int) -> dict[str, Any]:
     return {
         **{key: value for key, value in asdict(plan).items() if key != "folder"},
         "clock": clock_name(plan.device),
-        "machine": machine(plan.device),
+        "machine": facts,
         **timed,
         "left_out": left_out,
         "memory_mb": memory,

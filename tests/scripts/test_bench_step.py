@@ -154,7 +154,12 @@ def test_growth_is_drawn(invoke, script, monkeypatch, tmp_path: Path):
         script, "growing", lambda size: {
             **{name: replace(size, modalities=number) for name, number in few.items()},
             "16×16×16 voxels": replace(
-                size, modalities=2, batch=1, image=(16,) * 3, encoder={**size.encoder, "spatial_dims": 3}
+                size,
+                modalities=2,
+                batch=1,
+                image=(16,) * 3,
+                channels_last=False,
+                encoder={**size.encoder, "spatial_dims": 3},
             ),
         }
     )  # fmt: skip
