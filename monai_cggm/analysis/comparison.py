@@ -444,12 +444,14 @@ def _check_cells(cells: Cells, study: Mapping[str, Any], part: str, score: str) 
     rows = cells.scores[(cells.scores["part"] == part) & (cells.scores["predictor"] == FUSION)]
     cases = {key: frozenset(group["case"]) for key, group in rows.groupby(list(CELL), sort=False)}
     first: dict[str, CellKey] = {}
-    for key in cells.done:
+    for key in sorted(cells.done, key=lambda key: key.arm.startswith(ALONE)):
         if key not in cases:
             problems.append(f"cell {key}: no score of the part {part!r}")
             continue
         other = first.setdefault(key.split, key)
-        odd = sorted(cases[key] ^ cases[other])
+        # a network of one modality has no score of a case without it
+        few = key.arm.startswith(ALONE)
+        odd = sorted(cases[key] - cases[other] if few else cases[key] ^ cases[other])
         if odd:
             problems.append(f"cells {other} and {key}: scores of different cases ({', '.join(odd)})")
     if problems:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from monai_cggm.analysis.cells import ENSEMBLE, CellKey, read_cells
+from monai_cggm.analysis.cells import ALONE, ENSEMBLE, FUSION, CellKey, read_cells
 from monai_cggm.analysis.comparison import (
     Comparison,
     arm_title,
@@ -308,8 +308,23 @@ def _alone_section(comparison: Comparison, study: Mapping[str, Any]) -> Section 
         "Networks that saw one modality only, with the same budget, and the ensemble that averages their "
         f"probabilities: mean ± sample standard deviation over seeds. {scales(_scores_in(comparison.alone))} A network "
         "of all modalities that does not beat the ensemble has shown no gain from seeing them together."
+        f"{_fewer(comparison)}"
     )
     return Section("Each modality alone", blocks=[_score_rows(comparison.alone, study, caption)])
+
+
+def _fewer(comparison: Comparison) -> str:
+    """A sentence on the networks of one modality that some cases lack; "" where there are none."""
+    scores = comparison.cells.scores
+    scores = scores[scores["predictor"] == FUSION]
+    of_split = scores.groupby("split")["case"].nunique()
+    few = []
+    for arm, rows in scores[scores["arm"].str.startswith(ALONE)].groupby("arm"):
+        found = rows.groupby("split")["case"].nunique()
+        expected = int(of_split[found.index].sum())
+        if found.sum() < expected:
+            few.append(f"{arm} {found.sum()} of {expected}")
+    return f" Cases that lack the modality are left out; scored are {', '.join(few)}." if few else ""
 
 
 def _costs_section(comparison: Comparison, study: Mapping[str, Any]) -> Section | None:

@@ -253,7 +253,8 @@ def load_cases(
             :func:`~monai_cggm.data.labels.label_convention`).
         skip_bad: leave bad cases out and log them, instead of failing.
         need_label: whether a case must have a segmentation.
-        allow_missing: whether a case may lack sequences (one is enough).
+        allow_missing: whether a case may lack sequences (one is enough). Where one sequence is asked for, cases without
+            it are left out, and logged: a network of that sequence alone has no use for them.
 
     Returns:
         MONAI datalist items: ``case``, ``patient``, ``labels``, one path a modality, and ``label``; what was left out
@@ -268,6 +269,12 @@ def load_cases(
         ('Brats18_2013_11_1', 'brats2018')
     """
     cases = find_cases(source, modalities, labels=labels)
+    lacking: dict[str, str] = {}
+    if allow_missing and len(modalities) == 1:
+        lacking = {case.case_id: f"has no {modalities[0]}" for case in cases if modalities[0] not in case.images}
+        cases = [case for case in cases if case.case_id not in lacking]
+    if lacking and cases:
+        logger.warning("Left out %d cases of %s without %s: %s", len(lacking), source, modalities[0], _some(lacking))
     problems = header_problems(cases, modalities, need_label=need_label, allow_missing=allow_missing)
     lines = [f"case {case_id}: {problem}" for case_id, found in problems.items() for problem in found]
     if problems and not skip_bad:
@@ -276,9 +283,11 @@ def load_cases(
         logger.warning("Left out %d bad cases of %s:\n  %s", len(problems), source, "\n  ".join(lines))
     good = [case for case in cases if case.case_id not in problems]
     if not good:
+        lines += [f"case {case_id}: {reason}" for case_id, reason in lacking.items()]
         raise DataError([f"{source} has no usable case", *lines])
     logger.info("%d cases in %s; label conventions: %s", len(good), source, format_conventions(good))
-    return Cases([case.as_dict() for case in good], {case_id: "; ".join(found) for case_id, found in problems.items()})
+    skipped = lacking | {case_id: "; ".join(found) for case_id, found in problems.items()}
+    return Cases([case.as_dict() for case in good], skipped)
 
 
 def format_conventions(cases: Sequence[Case] | Sequence[CaseReport]) -> str:
@@ -305,6 +314,11 @@ def format_shape(shape: Sequence[int]) -> str:
         '240x240x155'
     """
     return "x".join(str(size) for size in shape)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _id_problems(case: Case) -> list[str]:

@@ -106,8 +106,9 @@ class Samples(list[dict[str, Any]]):
     Args:
         items: the samples.
         description: of the data set.
-        skipped: ID → reason, of the samples that were left out: in published files those of no class or of several.
-            Anywhere else a sample that cannot be used is an error.
+        skipped: ID → reason, of the samples that were left out: in published files those of no class or of several,
+            and where one modality is read and may be missing, those without it. Anywhere else a sample that cannot be
+            used is an error.
 
     Attributes:
         description: as given.
@@ -157,13 +158,12 @@ def load_features(
             all of them, in the file's order, or some of ``view1`` to ``viewV``.
         task: ``classification``, or ``regression`` of one number.
         allow_missing: whether a sample may lack modalities (one is enough): a row that is NaN throughout, in pickles,
-            too, although none that is published has one.
+            too, although none that is published has one. Where one modality is read, samples without it are left out.
         need_label: whether there must be labels; without it they are not read.
         classes: the classes that are known already, so that no other may come.
 
     Returns:
-        The samples, in the order of the first modality's file; ``skipped`` says which ones a published file has beyond
-        them.
+        The samples, in the order of the first modality's file; ``skipped`` says which ones the file has beyond them.
 
     Raises:
         ValueError: for another task.
@@ -219,6 +219,10 @@ def load_features(
         targets, known = _labels(aligned["label"], labels.where, task, known, called)
         for item, target in zip(items, targets, strict=True):
             item["label"] = target
+    if len(names) == 1:  # of those that it may lack; classes and groups are known from all
+        lacking = {item["case"]: f"has no {names[0]}" for item in items if names[0] not in item}
+        skipped |= lacking
+        items = [item for item in items if item["case"] not in lacking]
     description = Description(task, tuple(names), {n: rows[n].shape[-1] for n in names}, known)
     _tell(source, description, len(items), present, skipped)
     return Samples(items, description, skipped)
@@ -684,7 +688,7 @@ def _check_values(
         present[name] = ~empty
     if not problems:
         none = ~np.stack(list(present.values())).any(axis=0)
-        if none.any():
+        if none.all() or (none.any() and len(tables) > 1):
             problems.append(f"{called[int(none.argmax())]} has none of the modalities {', '.join(tables)}")
     if problems:
         raise DataError(problems)
@@ -778,7 +782,7 @@ def _tell(
     skipped: Mapping[str, str],
 ) -> None:
     of = ", ".join(f"{name} ({description.sizes[name]})" for name in description.modalities)
-    missing = {name: int((~there).sum()) for name, there in present.items() if not there.all()}
+    missing = {name: int((~there).sum()) for name, there in present.items() if not there.all() and len(present) > 1}
     lines = [f"{samples} samples in {source} of {of}"]
     if description.classes:
         shown = [f"{i} = {name}" for i, name in enumerate(description.classes)]

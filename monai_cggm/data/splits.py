@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def split_cases(
 
     Args:
         cases: datalist items with ``case`` and, if it is known, ``patient``; see :func:`check_patients` for ``parted``.
+            IDs in their ``skipped``, if they have that (:class:`monai_cggm.data.Cases`), may stand in the file: they
+            were left out for a reason that is known.
         sizes: cases in each part, which must add up to all cases.
         fractions: share of each part where ``sizes`` is None; they must add up to 1. Every part with a share above 0
             gets at least one patient.
@@ -72,8 +74,15 @@ def split_cases(
     """
     ids = [str(item["case"]) for item in cases]
     if split_file is not None:
-        parts = _read_split(Path(split_file))
-        _check_listed(parts, ids, Path(split_file), ignore_unlisted=ignore_unlisted, ignore_missing=ignore_missing)
+        parts = read_split(Path(split_file))
+        _check_listed(
+            parts,
+            ids,
+            Path(split_file),
+            left_out=getattr(cases, "skipped", {}),
+            ignore_unlisted=ignore_unlisted,
+            ignore_missing=ignore_missing,
+        )
     else:
         patients = _patients(cases)
         targets = _checked_sizes(sizes, len(ids)) if sizes is not None else _sizes_of(fractions, len(ids))
@@ -282,7 +291,12 @@ def _fill(
     return parts, left
 
 
-def _read_split(path: Path) -> dict[str, set[str]]:
+def read_split(path: Path) -> dict[str, set[str]]:
+    """Read the IDs of each part from a file by :func:`write_split`.
+
+    Raises:
+        DataError: for a file that cannot be read, is no such file, or lists a case more than once.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -302,10 +316,17 @@ def _read_split(path: Path) -> dict[str, set[str]]:
 
 
 def _check_listed(
-    parts: dict[str, set[str]], ids: Sequence[str], path: Path, *, ignore_unlisted: bool, ignore_missing: bool
+    parts: dict[str, set[str]],
+    ids: Sequence[str],
+    path: Path,
+    *,
+    left_out: Container[str],
+    ignore_unlisted: bool,
+    ignore_missing: bool,
 ) -> None:
     listed = set().union(*parts.values())
-    missing = [f"case {case}: is in the split and not among the cases ({path})" for case in sorted(listed - set(ids))]
+    absent = sorted(case for case in listed - set(ids) if case not in left_out)  # the log has those, with the reason
+    missing = [f"case {case}: is in the split and not among the cases ({path})" for case in absent]
     unlisted = [f"case {case}: is in no part of the split ({path})" for case in sorted(set(ids) - listed)]
     problems = [*([] if ignore_missing else missing), *([] if ignore_unlisted else unlisted)]
     if problems:

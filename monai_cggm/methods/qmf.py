@@ -152,7 +152,8 @@ class QMF(LateFusionMethod):
 
     Raises:
         ValueError: see there, and for a negative weight; in the first step, for a batch that does not name its samples.
-            Networks of one output are refused by :class:`LateFusion`: a regression has no energy.
+            Networks of one output are refused by :class:`LateFusion`: a regression has no energy; those without a
+            ``head``, which would tell how many they have, here.
 
     Example:
         >>> from monai_cggm.metrics import RegionDice
@@ -169,6 +170,9 @@ class QMF(LateFusionMethod):
         super().__init__(network, metric, **parts)
         if not rank_weight >= 0:
             raise ValueError(f"rank_weight must not be negative, got {rank_weight}")
+        if self.network.num_outputs is None:
+            kind = type(next(iter(self.members.values()))).__name__
+            raise ValueError(f"QMF weighs class logits, and tells them by a network's head; {kind} has none")
         self.rank_weight = rank_weight
         self.history = LossHistory(len(self.modalities))
 

@@ -140,7 +140,8 @@ class ReconBoost(LateFusionMethod):
         parts: ``loss_function`` of :class:`LateFusionMethod`.
 
     Raises:
-        ValueError: see there, and for numbers out of their range.
+        ValueError: see there, for numbers out of their range, and for networks without a ``head``, whose outputs tell
+            classes from regression.
 
     Example:
         >>> from monai_cggm.metrics import RegionDice
@@ -181,7 +182,10 @@ class ReconBoost(LateFusionMethod):
         self.agreement = agreement
         self.ce_weight = None if ce_weight is None else torch.as_tensor(ce_weight, dtype=torch.float32)
         outputs = self.network.num_outputs
-        if self.ce_weight is not None and outputs is not None and len(self.ce_weight) != outputs:
+        if outputs is None:
+            kind = type(next(iter(self.members.values()))).__name__
+            raise ValueError(f"ReconBoost tells classes from regression by a network's head; {kind} has none")
+        if self.ce_weight is not None and len(self.ce_weight) != outputs:
             raise ValueError(f"ce_weight has {len(self.ce_weight)} weights for {outputs} classes")
         self.regression = outputs == 1
         self._epoch = 1

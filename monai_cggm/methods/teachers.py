@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser
 from monai.utils.misc import str2bool
 from torch import nn
 
-from monai_cggm.data.splits import write_split
+from monai_cggm.data.splits import Item, read_split, write_split
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 from monai_cggm.handlers.run_info import bundle_parser
@@ -198,6 +198,7 @@ def ensure_teachers(
     *,
     train: bool | str = False,
     joint: bool = False,
+    split: Mapping[str, Sequence[Item]] | None = None,
     launch: Launch | None = None,
 ) -> None:
     """See to it that each modality's run is there; train those that are missing, if ``train``.
@@ -213,11 +214,13 @@ def ensure_teachers(
         modalities: names of the modalities.
         train: train what is missing; words such as "true" and "false" will do.
         joint: whether the run of all modalities together (``{modality}`` = ``joint``) is needed too.
+        split: this run's. A run that learnt from what this one tests or validates on would make its scores too good;
+            it is told by the ``split.json`` in its folder, if there is one.
         launch: starts a command; default: a child process.
 
     Raises:
         DataError: where runs are missing and ``train`` is off, or several processes are at work; where a training
-            failed, with the last line that it said.
+            failed, with the last line that it said; where a run has seen cases that this one tests or validates on.
         RuntimeError: outside a bundle, where something must be trained.
 
     Example:
@@ -231,9 +234,10 @@ def ensure_teachers(
         missing = [name for name, folder in folders.items() if not (folder / "model.pt").is_file()]
         if missing:
             raise DataError([_nothing_there(name, folders[name] / "model.pt") for name in missing])
-        return
+    if split is not None:
+        _refuse_other_splits(folders, split)
     missing = [name for name, folder in folders.items() if not _is_finished(folder)]
-    if not missing:
+    if not missing or not str2bool(train):
         return
     if idist.get_world_size() > 1 or torch.distributed.is_initialized():
         raise DataError(
@@ -245,6 +249,27 @@ def ensure_teachers(
     parser = _parser("ensure_teachers")
     for name in missing:
         _train(parser, name, parts[name], folders[name], launch or _start)
+
+
+def _refuse_other_splits(folders: Mapping[str, Path], split: Mapping[str, Sequence[Item]]) -> None:
+    """Refuse runs that have seen what this run is scored by; what they have not seen does no harm."""
+    mine = {part: {str(item["case"]) for item in items} for part, items in split.items()}
+    problems = []
+    for name, folder in folders.items():
+        file = folder / "split.json"
+        if not file.is_file():
+            continue
+        theirs = read_split(file)
+        # validation chose their weights, as it will choose this run's
+        for seen, scored in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            shared = sorted(theirs[seen] & mine.get(scored, set()))
+            if shared:
+                problems.append(
+                    f"modality {name}: its run used {len(shared)} cases for {seen} that are this run's {scored} cases, "
+                    f"the first is {shared[0]}; expected a run with this run's split ({file})"
+                )
+    if problems:
+        raise DataError(problems)
 
 
 def _train(parser: ConfigParser, name: str, modalities: Sequence[str], folder: Path, launch: Launch) -> None:

@@ -383,6 +383,18 @@ def test_cells_with_other_cases_or_modalities_are_refused(tmp_path: Path) -> Non
         compare(read_cells(tmp_path), a_study())
 
 
+def test_a_network_of_one_modality_may_have_fewer_cases(tmp_path: Path) -> None:
+    """Cases that lack its modality have no score; more cases than the others is an error as before."""
+    for cases, folder in ((2, tmp_path / "fewer"), (4, tmp_path / "more")):
+        fill(folder, {("joint", "a", 0): 0.0, ("recipe", "a", 0): 0.0})
+        scored_cell(folder, "alone_flair", "a", 0, plus(0.1), modalities=("flair",), cases=cases)
+    comparison = compare(read_cells(tmp_path / "fewer"), a_study(seeds=[0], alone=True))
+    expected = statistics.fmean(plus(0.1)(case, "flair") for case in range(2))
+    assert row_of(comparison.alone, arm="alone_flair")["dice_mean"] == pytest.approx(expected)
+    with pytest.raises(DataError, match=r"alone_flair, a, seed 0: scores of different cases \(a-003\)"):
+        compare(read_cells(tmp_path / "more"), a_study(seeds=[0], alone=True))
+
+
 def test_subsets_of_four() -> None:
     names = subsets_of(["flair", "t1ce", "t1", "t2"])
     assert len(names) == 15

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def test_sections_are_in_order(report: Path) -> None:
         "How to read this",
         "Research use only",
     ]
+
+
+def test_cases_without_a_modality_are_counted(tmp_path: Path, report: Path) -> None:
+    assert "lack the modality" not in texts(report)[1]
+    shutil.copytree(report / "cells", tmp_path / "cells")
+    shutil.rmtree(tmp_path / "cells" / "alone_t2")
+    scored_cell(tmp_path, "alone_t2", "a", 0, lambda case, subset: 0.3, modalities=("t2",), cases=1)
+    write_report(tmp_path, a_study())
+    assert "Cases that lack the modality are left out; scored are alone_t2 1 of 3." in texts(tmp_path)[1]
 
 
 def test_texts_of_files_are_escaped(report: Path) -> None:

@@ -302,6 +302,23 @@ def test_one_sequence_must_be_there(root: Path) -> None:
     assert len(problems[BAD]) == len(MODALITIES)
 
 
+def test_of_one_sequence_alone_the_cases_without_it_are_left_out(root: Path, caplog) -> None:
+    file_of(root, "t2").unlink()
+    everyone = [case.case_id for case in find_cases(root, MODALITIES)]
+    with pytest.raises(DataError, match="no t2 file"):
+        load_cases(root, ["t2"])
+    with caplog.at_level(logging.WARNING):
+        cases = load_cases(root, ["t2"], allow_missing=True)
+    assert [item["case"] for item in cases] == [case for case in everyone if case != BAD]
+    assert cases.skipped == {BAD: "has no t2"}
+    assert f"Left out 1 cases of {root} without t2: {BAD}" in caplog.text
+    for path in root.rglob("*t2*"):
+        path.unlink()
+    with pytest.raises(DataError, match="has no usable case") as error:
+        load_cases(root, ["t2"], allow_missing=True)
+    assert error.value.problems[1:] == [f"case {case}: has no t2" for case in everyone]
+
+
 def test_other_files_are_a_hint(root: Path) -> None:
     file_of(root, "seg").rename(root / BAD / "W39_Segm.nii.gz")
     (problem,) = header_problems(find_cases(root, MODALITIES), MODALITIES)[BAD]

@@ -308,6 +308,32 @@ def test_a_row_of_nan_is_a_missing_modality_where_that_is_allowed(tmp_path):
     assert problems(tmp_path / "none.npz", allow_missing=True) == ["row 3 (row_3) has none of the modalities a, b"]
 
 
+def test_of_one_modality_alone_the_samples_without_it_are_left_out(tmp_path):
+    """A network of that modality has no use for them; a split of all samples still holds."""
+    less = B.copy()
+    less[2] = less[5] = np.nan
+    labels = LABELS.copy()
+    labels[2] = 7  # a class that no other sample has stays a class: the network has its output
+    np.savez(tmp_path / "all.npz", a=A, b=less, labels=labels)
+    every = load_features(tmp_path / "all.npz", allow_missing=True)
+    samples = load_features(tmp_path / "all.npz", ["b"], allow_missing=True)
+    assert [s["case"] for s in samples] == [s["case"] for i, s in enumerate(every) if i not in (2, 5)]
+    assert samples.skipped == {"row_3": "has no b", "row_6": "has no b"}
+    assert samples.description.classes == every.description.classes
+    assert "7" in samples.description.classes
+    split = split_features(every, sizes=(4, 2, 2), seed=3)
+    write_split(split, tmp_path / "split.json", 3)
+    kept = split_features(samples, split_file=tmp_path / "split.json")
+    for part, items in split.items():
+        expected = [item["case"] for item in items if item["case"] not in samples.skipped]
+        assert [item["case"] for item in kept[part]] == expected
+    with pytest.raises(DataError, match=r"row 3 .* counts as missing with allow_missing"):
+        load_features(tmp_path / "all.npz", ["b"])
+    np.savez(tmp_path / "none.npz", a=A, b=np.full_like(B, np.nan), labels=LABELS)
+    with pytest.raises(DataError, match=r"row 1 \(row_1\) has none of the modalities b"):
+        load_features(tmp_path / "none.npz", ["b"], allow_missing=True)
+
+
 def test_sequences_and_their_lengths(tmp_path):
     text = RNG.normal(size=(8, 6, 2)).astype(np.float32)
     lengths = np.array([6, 1, 3, 2, 6, 4, 5, 2])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from monai_cggm.data.checks import Cases
 from monai_cggm.data.layouts import patient_of
 from monai_cggm.data.splits import PARTS, check_patients, fold_splits, part_of, split_cases, write_split
 from monai_cggm.errors import DataError
@@ -146,6 +147,17 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert split_cases(cases[::-1], sizes=(1, 1, 1), seed=9, split_file=path) == {
         part: items[::-1] for part, items in split.items()
     }
+
+
+def test_cases_that_were_left_out_for_a_reason_may_stand_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    write_split(split_cases(singles(9), seed=1), path, seed=1)
+    for gone in (0, 4, 8):
+        kept = Cases((c for i, c in enumerate(singles(9)) if i != gone), {f"Phantom_{gone:03d}": "has no t2"})
+        split = split_cases(kept, split_file=path)
+        assert sum(map(len, split.values())) == 8
+        with pytest.raises(DataError, match=f"Phantom_{gone:03d}: is in the split and not among the cases"):
+            split_cases(list(kept), split_file=path)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

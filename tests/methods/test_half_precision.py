@@ -41,31 +41,31 @@ LATE = {
 }
 
 
-def run(name, half):
-    """Two epochs that move no weight; what was logged in every step, and the method."""
+def run(name, half=False, lr=0.0, **kwargs):
+    """Two epochs, by default with weights that stay; what was logged in every step, the method and the network."""
     rows = []
     torch.manual_seed(0)
     if name in LATE:
         make, combine = LATE[name]
         network = late_toy.network_of("segmentation", combine)
         method = make(network, late_toy.metric_of("segmentation"))
-        data, still = late_toy.batches("segmentation", 3), torch.optim.SGD(network.parameters(), lr=0.0)
-        engine = late_toy.trainer(network, data, method, task="segmentation", optimizer=still, epochs=2)
+        data, sgd = late_toy.batches("segmentation", 3), torch.optim.SGD(network.parameters(), lr=lr)
+        engine = late_toy.trainer(network, data, method, task="segmentation", optimizer=sgd, epochs=2, **kwargs)
     else:
         network, classifiers = toy.MaskedNetwork(), toy.ToyClassifiers()
         method = OBSERVERS[name](network, classifiers)
         data = toy.batches(3, batch=4, size=24)
-        engine = toy.trainer(network, everything(network, classifiers), data, method, epochs=2, lr=0.0)
+        engine = toy.trainer(network, everything(network, classifiers), data, method, epochs=2, lr=lr, **kwargs)
     engine.loss_function = DiceCrossEntropyLoss()
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rows.append(dict(e.state.scalars)))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         engine.run()
-    return rows, method
+    return rows, method, network
 
 
 @pytest.mark.parametrize("name", OBSERVERS | LATE)
 def test_measures_are_those_of_full_precision(name):
-    (half, _), (full, _) = run(name, half=True), run(name, half=False)
+    half, full = run(name, half=True)[0], run(name)[0]
     assert len(half) == len(full) == 6
     for found, right in zip(half, full, strict=True):
         assert found.keys() == right.keys()
@@ -77,7 +77,7 @@ def test_measures_are_those_of_full_precision(name):
 
 
 def test_prototypes_count_in_full_precision():
-    _, method = run("pmr", half=True)
+    _, method, _ = run("pmr", half=True)
     labels = torch.cat([batch["label"] for batch in toy.batches(3, batch=4, size=24)]).flatten().long()
     views = torch.nn.functional.one_hot(labels, 4).double().sum(dim=0)
     assert views.sum() == 3 * 4 * 24 * 24
@@ -87,3 +87,20 @@ def test_prototypes_count_in_full_precision():
         method._collect("flair", features, torch.nn.functional.one_hot(labels, 4).float())
     # a count in bfloat16, which has 8 bits, would be a multiple of 8 here
     torch.testing.assert_close(method._sums["flair"][:, -1], views, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler:FutureWarning")
+@pytest.mark.parametrize("name", OBSERVERS | LATE)
+def test_a_loss_scale_changes_neither_what_is_measured_nor_a_weight(name):
+    """A power of two cancels exactly, so a method that forgets to take it out of a gradient is told at once."""
+    (plain, _, network), (scaled, _, other) = (
+        run(name, lr=0.1),
+        run(name, lr=0.1, handlers=[toy.ScaleOnCpu()], amp=True),
+    )
+    assert len(plain) == 6
+    for found, right in zip(scaled, plain, strict=True):
+        assert found == pytest.approx(right, rel=1e-4, abs=1e-6)
+    for (key, weight), after in zip(network.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(after, weight, rtol=1e-5, atol=1e-6, msg=key)

@@ -6,9 +6,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, margin_ranking_loss
 
 from monai_cggm.methods.qmf import QMF, LossHistory, next_of_another, ranking_loss, sample_names
+from monai_cggm.networks import LateFusion
 from tests.methods import late_toy, toy
 from tests.methods.late_toy import ABSENT, LOSSES, batches, metric_of, network_of, trainer
 
@@ -283,4 +285,7 @@ def test_regression_and_wrong_numbers_are_refused():
         network_of("regression", "energy")
     with pytest.raises(ValueError, match=r"rank_weight must not be negative, got -0\.1"):
         QMF(network_of("classification", "energy"), metric_of("classification"), rank_weight=-0.1)
+    nameless = LateFusion({m: nn.Conv1d(1, 4, 1) for m in ("a", "b")}, "energy")
+    with pytest.raises(ValueError, match="tells them by a network's head; Conv1d has none"):
+        QMF(nameless, metric_of("classification"))
     assert toy.MODALITIES[0] in repr(QMF(network_of("classification", "energy"), metric_of("classification")))

@@ -12,6 +12,7 @@ from scipy.special import softmax
 from torch import nn
 
 from monai_cggm.methods.reconboost import ReconBoost, Stage, agreement_loss, boosted_cross_entropy, stage_of
+from monai_cggm.networks import LateFusion
 from tests.methods import late_toy, toy
 from tests.methods.late_toy import ABSENT, LOSSES, TASKS, batches, metric_of, network_of, trainer
 
@@ -260,6 +261,12 @@ def test_a_batch_in_which_nobody_has_the_learner_s_modality():
 def test_wrong_numbers_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ReconBoost(network_of("segmentation", "sum"), metric_of("segmentation"), **arguments)
+
+
+def test_networks_that_do_not_tell_how_many_outputs_they_have_are_refused():
+    nameless = LateFusion({m: nn.Conv1d(1, 4, 1) for m in ("a", "b")}, "sum")
+    with pytest.raises(ValueError, match="tells classes from regression by a network's head; Conv1d has none"):
+        ReconBoost(nameless, metric_of("classification"))
 
 
 def test_what_is_attached_is_said():

@@ -192,6 +192,37 @@ def test_runs_of_one_s_own_are_kept(tmp_path, launched):
     assert not launched.commands
 
 
+def split_of(**parts):
+    return {part: [{"case": case} for case in parts.get(part, ())] for part in ("train", "validation", "test")}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({"train": "ab", "validation": "c", "test": "d"}, None),
+        ({"train": "a", "validation": "b", "test": "cd"}, None),  # chosen on what this run learns from: no harm
+        ({"train": "abd", "validation": "c"}, "used 1 cases for train that are this run's test cases, the first is d"),
+        ({"train": "ac", "validation": "b"}, "for train that are this run's validation cases, the first is c"),
+        ({"train": "ab", "validation": "cde"}, "used 2 cases for validation that are this run's test cases"),
+    ],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_runs_that_have_seen_what_scores_this_one_are_refused(theirs, told, train, tmp_path):
+    for name in NAMES:
+        write_run(tmp_path / name, [name])
+    (tmp_path / "t1ce" / "split.json").write_text(json.dumps({part: list(cases) for part, cases in theirs.items()}))
+    mine = split_of(train="ab", validation="c", test="de")
+    if told is None:
+        ensure_teachers(f"{tmp_path}/{{modality}}", NAMES, train=train, split=mine)
+        return
+    with pytest.raises(DataError) as error:
+        ensure_teachers(f"{tmp_path}/{{modality}}", NAMES, train=train, split=mine)
+    (problem,) = error.value.problems
+    assert problem.startswith("modality t1ce: its run ")
+    assert told in problem
+    assert problem.endswith(f"({tmp_path}/t1ce/split.json)")
+
+
 @pytest.mark.parametrize("train", [False, "false"])
 def test_without_the_flag_all_that_is_missing_is_named(tmp_path, train):
     write_run(tmp_path / "t1ce", ["t1ce"])
