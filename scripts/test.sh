@@ -33,7 +33,8 @@ python -m mypy
 
 if "$all"; then
   monai_cggm_say "pytest: every test, $workers at a time"
-  exec python -m pytest --numprocesses "$workers" --dist loadfile "$@"
+  # in the order of tests/conftest.py, not files with many tests first, which leaves the few long ones for the end
+  exec python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
 fi
 monai_cggm_say "pytest: the fast tests, $workers at a time; left out: those marked slow or real_data (--all runs them)"
 exec python -m pytest --numprocesses "$workers" --dist loadfile -m "not slow and not real_data" "$@"

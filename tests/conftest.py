@@ -12,6 +12,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import random
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have most slow tests: at the end of a parallel run nobody waits for one of them."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # a stable order
 
 
 @pytest.fixture(scope="session")
