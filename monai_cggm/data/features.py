@@ -221,8 +221,10 @@ def load_features(
             item["label"] = target
     if len(names) == 1:  # of those that it may lack; classes and groups are known from all
         lacking = {item["case"]: f"has no {names[0]}" for item in items if names[0] not in item}
-        skipped |= lacking
         items = [item for item in items if item["case"] not in lacking]
+        if lacking:
+            skipped |= lacking
+            logger.warning("Left out %d of %d samples of %s without %s", len(lacking), len(order), source, names[0])
     description = Description(task, tuple(names), {n: rows[n].shape[-1] for n in names}, known)
     _tell(source, description, len(items), present, skipped)
     return Samples(items, description, skipped)

@@ -224,6 +224,35 @@ def test_tables_and_sequences_with_gaps(method, task, tmp_path):
     np.testing.assert_allclose(predicted.loc[truth.index, "prediction"].astype(float), truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_teachers_of_one_modality_on_tables_with_gaps(tmp_path):
+    """UMT and G-Blending train them first, each on the samples that have its modality, of this run's split."""
+    target, tables, _ = features.signal("classification")
+    tables = {name: tables[name] for name in ("audio", "video")}
+    tables["audio"][::4] = np.nan
+    tables["video"][1::4] = np.nan
+    source = tmp_path / "two.npz"
+    np.savez(source, **tables, labels=target)
+    settings = {
+        "allow_missing": "true", "epochs": 2, "modalities": list(tables), "train_teachers": "true",
+        "teacher_runs": str(tmp_path / "teachers" / "{modality}"),
+    }  # fmt: skip
+    for method in ("umt", "g_blending"):
+        features.run("train.yaml", f"methods/{method}.yaml", **features.of(source, tmp_path / method, **settings))
+        iterations = pd.read_csv(tmp_path / method / "iterations.csv")
+        assert np.isfinite(iterations.to_numpy(dtype=float)).all()
+    mine = json.loads((tmp_path / "umt/split.json").read_text())
+    have = {name: {f"row_{i + 1:02d}" for i in range(60) if np.isfinite(tables[name][i]).all()} for name in tables}
+    for name in tables:
+        theirs = json.loads((tmp_path / "teachers" / name / "split.json").read_text())
+        for part in ("train", "validation", "test"):
+            assert theirs[part] == [case for case in mine[part] if case in have[name]]
+            assert len(theirs[part]) < len(mine[part])
+        log = (tmp_path / "teachers" / name / "log.txt").read_text()
+        assert f"Left out 15 of 60 samples of {source} without {name}" in log
+    assert (iterations[["blending/audio", "blending/video"]].to_numpy() > 0).all()
+
+
 def test_qmf_refuses_regression(tmp_path):
     source = features.write(tmp_path, "regression")
     with pytest.raises(Exception, match="instantiate") as caught:

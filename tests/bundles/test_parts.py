@@ -227,6 +227,26 @@ def test_a_run_with_all_parts_resumes_exactly(method, cases, tmp_path):
         assert (tmp_path / "whole" / table).read_text() == (tmp_path / "again" / table).read_text()
 
 
+def test_a_run_of_mrd_resumes_exactly(cases, tmp_path):
+    """Its draws follow from the number of the iteration: nothing of them stands in a checkpoint."""
+    names = ("train.yaml", "methods/mrd.yaml")
+    run(*names, **of(cases, tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    (tmp_path / "again/checkpoints/epoch_0002.pt").unlink()
+    run(*names, **of(cases, tmp_path / "again", resume=True))
+    whole, again = (
+        torch.load(tmp_path / n / "checkpoints/epoch_0002.pt", weights_only=True) for n in ("whole", "again")
+    )
+    assert_equal(again, whole, "checkpoint")
+    assert (tmp_path / "whole/iterations.csv").read_text() == (tmp_path / "again/iterations.csv").read_text()
+    losses = []
+    for name in ("mrd", "joint"):
+        made = workflow("train.yaml", f"methods/{name}.yaml", **of(cases, tmp_path / name, epochs=1))
+        made.run()
+        losses.append(pd.read_csv(tmp_path / name / "iterations.csv")["train/loss"].iloc[0])
+    assert losses[0] != losses[1]  # the same weights and slices, and the fusion sees less of them
+
+
 def test_every_subset_of_the_sequences_is_scored(plain, cases):
     names = [subset_predictor(subset, MODALITIES) for subset in modality_subsets(MODALITIES)]
     for overlays in (("evaluate.yaml",), ("evaluate.yaml", "protocols/subsets.yaml")):

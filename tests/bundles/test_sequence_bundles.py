@@ -215,6 +215,29 @@ def test_methods_of_images_work_on_it(bundle, method, data, tmp_path):
     assert counts.nunique() == 1
 
 
+#: not those above, what is about images or for evaluation only, and what needs other runs
+OTHERS = {path.stem for path in share_path("configs/methods").glob("*.yaml")}
+OTHERS -= {"joint", "cggm", "relative", "segresnet", "ensemble", "umt", "g_blending"}
+
+
+@pytest.mark.parametrize("method", sorted(OTHERS))
+def test_the_other_methods_train_on_it(bundle, method, data, tmp_path):
+    extra = {"boost_epochs": 1, "rectify_epochs": 1} if method == "reconboost" else {}
+    if method == "unimodal":
+        extra["modalities"] = modalities_in(data)[:1]
+    told = arguments(data, tmp_path / "run", epochs=1, **extra)
+    if (bundle, method) == ("mosi_cggm", "qmf"):
+        with pytest.raises(Exception, match="instantiate") as caught:
+            workflow(bundle, "train.yaml", f"methods/{method}.yaml", **told)
+        assert "one output (regression)" in str(caught.value.__cause__)
+        return
+    run(bundle, "train.yaml", f"methods/{method}.yaml", **told)
+    table = pd.read_csv(tmp_path / "run/iterations.csv")
+    assert np.isfinite(table.to_numpy(dtype=float)).all()
+    assert table["train/loss"].nunique() == len(table) >= 3
+    assert len(pd.read_csv(tmp_path / "run/epochs.csv")) == 1
+
+
 def test_new_samples_are_predicted_from_one_file_of_arrays(bundle, data, trained, tmp_path):
     """Padding behind each sequence, its length, and no label: the predictions are those from the published file."""
     samples = [s for s in load_features(data, task=TABLE_7[bundle]["task"]) if s["part"] == "test"][:9]

@@ -323,3 +323,31 @@ def test_both_is_the_mean_of_the_complete_sample_and_the_drawn_subsets(method, m
         for name in ("a", "b", "c"):  # the classifiers see each sample once, as it is
             assert seen["scalars"][f"loss/{name}"] == pytest.approx(one.state.scalars[f"loss/{name}"], rel=1e-5)
             assert seen["scalars"][f"epsilon/{name}"] == pytest.approx(one.state.scalars[f"epsilon/{name}"])
+
+
+@pytest.mark.parametrize(("modalities", "missing", "full_share"), [(2, False, 0.0), (3, True, 0.0), (4, False, 0.5)])
+def test_alone_each_sample_goes_through_the_fusion_once_with_what_was_drawn(modalities, missing, full_share):
+    """MRD: the loss is that of one random subset a sample, and of nothing else."""
+    torch.manual_seed(0)
+    names = list(toy.MODALITIES[:modalities])
+    network = toy.MaskedNetwork(names)
+    (batch,) = toy.batches(1, modalities=modalities, size=8, batch=6)
+    present = torch.ones(6, modalities, dtype=torch.bool)
+    if missing:
+        present[1, 0] = False
+        batch["present"] = present
+    dropout = ModalityDropout(names, seed=4, full_share=full_share)
+    drawn = dropout.draw(6, 1, present if missing else None)
+    assert not torch.equal(drawn, present)
+    loss = sum(
+        toy.cross_entropy(network(batch["image"][i : i + 1], drawn[i : i + 1]), batch["label"][i : i + 1])
+        for i in range(6)
+    ) / 6  # fmt: skip
+    expected = torch.autograd.grad(loss, list(network.parameters()))
+    engine = toy.trainer(
+        network, list(network.parameters()), [dict(batch)], handlers=[dropout], lr=0.0, prepare_batch=prepare_batch
+    )
+    engine.run()
+    assert engine.state.output["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, right in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, right, rtol=1e-4, atol=1e-6)
