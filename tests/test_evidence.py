@@ -98,3 +98,37 @@ def test_differences_in_the_text_are_those_of_the_tables(pair: tuple[str, str], 
     numbers = [f"{row[name]:.1f}".replace("-", "−") for name in ("difference", "low", "high")]
     shown = f"{'+' if row['difference'] > 0 else ''}{numbers[0]} [{numbers[1]}, {numbers[2]}]"
     assert shown in " ".join(section("phantom").split())
+
+
+#: study -> the heading of its section of the page of results, its score, the arms in their order, columns of subsets
+METHODS = ("joint", "mrd", "mslr", "g_blending", "greedy", "ogm_ge", "agm", "pmr", "umt", "qmf", "reconboost", "cggm",
+           "cggm_bounded", "recipe", "ensemble")  # fmt: skip
+MOSI = ("joint", "dropout", "recipe", "cggm", "cggm_constant", "cggm_shuffled", "cggm_bounded", "cggm_update",
+        "cggm_update_constant", "cggm_update_shuffled", "ensemble")  # fmt: skip
+RESULTS = {
+    "methods_brats_2mm": (
+        "Methods of the literature, 33 cases", "dice_mean", METHODS, ["missing_1", "missing_3", "without_key"],
+    ),
+    "methods_digits": ("Methods of the literature, handwritten", "accuracy", METHODS, ["missing_1", "missing_5"]),
+    "mosi": ("CMU-MOSI, utterance level", "accuracy", MOSI, ["missing_1", "missing_2", "without_key"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("study", RESULTS)
+def test_results_are_those_of_the_tables(study: str) -> None:
+    heading, score, arms, columns = RESULTS[study]
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(f"\n## {heading}")[1].split("\n## ")[0]
+    shown = rows_of(page, "| method |" if "| method |" in page else "| training |")
+    full, alone, subsets = (table(study, name).set_index("arm") for name in ("full_set", "alone", "subsets"))
+    scores = pd.concat([full, alone])
+    for row, arm in zip(shown, arms, strict=False):
+        expected = [
+            f"{frame.loc[arm, of]:.3f} ± {frame.loc[arm, f'{of}_sd']:.3f}"
+            for frame, of in ((scores, score), (subsets, "subsets"))
+        ]
+        assert row[1:] == expected + [f"{value:.3f}" for value in subsets.loc[arm, columns]], arm
+    single = [arm for arm in alone.index if arm.startswith("alone_")]
+    for row, arm in zip(shown[len(arms) :], single, strict=False):
+        assert row[0].strip("`").lower().startswith(arm.removeprefix("alone_")), arm
+        assert row[1] == f"{alone.loc[arm, score]:.3f} ± {alone.loc[arm, f'{score}_sd']:.3f}", arm
+    assert len(shown) >= len(arms) + len(single)
