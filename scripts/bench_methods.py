@@ -119,6 +119,7 @@ def trainer_of(arm: Arm, study: Study, folder: Path, rounds: int, device: str) -
         "split_sizes": SIZES,
         "epochs": rounds + 2,  # the last one, which validates, is not reached
         "warmup_epochs": 1,
+        "gradient_clip": 1.0,  # the paper's CGGM has none; here what a method costs is compared, and nothing else
         "val_interval": rounds + 2,
         "image_interval": rounds + 2,
     }
