@@ -110,6 +110,7 @@ RESULTS = {
         "Methods of the literature, 33 cases", "dice_mean", METHODS, ["missing_1", "missing_3", "without_key"],
     ),
     "methods_digits": ("Methods of the literature, handwritten", "accuracy", METHODS, ["missing_1", "missing_5"]),
+    "digits": ("Balance on handwritten digits", "accuracy", MOSI, ["missing_1", "missing_5"]),
     "mosi": ("CMU-MOSI, utterance level", "accuracy", MOSI, ["missing_1", "missing_2", "without_key"]),
 }  # fmt: skip
 
