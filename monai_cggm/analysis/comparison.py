@@ -448,9 +448,9 @@ def _check_cells(cells: Cells, study: Mapping[str, Any], part: str, score: str) 
         if key not in cases:
             problems.append(f"cell {key}: no score of the part {part!r}")
             continue
-        other = first.setdefault(key.split, key)
         # a network of one modality has no score of a case without it
         few = key.arm.startswith(ALONE)
+        other = first.get(key.split, key) if few else first.setdefault(key.split, key)
         odd = sorted(cases[key] - cases[other] if few else cases[key] ^ cases[other])
         if odd:
             problems.append(f"cells {other} and {key}: scores of different cases ({', '.join(odd)})")

@@ -457,10 +457,15 @@ def _budget(trained: pd.DataFrame, study: Mapping[str, Any]) -> str:
 
 
 def _uneven_budget(trained: pd.DataFrame) -> str:
-    """What differs between cells of the same split, by arm; splits of other sizes have other numbers of iterations."""
+    """What differs between cells of the same split, by arm; splits of other sizes have other numbers of iterations.
+
+    Networks of one modality are left out for iterations: an epoch has fewer where cases lack the modality.
+    """
     texts = []
     for name in _BUDGET:
         known = trained[trained[name].notna()]
+        if name == "iterations":
+            known = known[~known["arm"].str.startswith(ALONE)]
         if (known.groupby("split")[name].nunique() > 1).any():
             each = (f"{arm} {_range(rows[name])}" for arm, rows in known.groupby("arm", sort=False))
             texts.append(f"{name}: {'; '.join(each)}")

@@ -391,6 +391,9 @@ def test_a_network_of_one_modality_may_have_fewer_cases(tmp_path: Path) -> None:
     comparison = compare(read_cells(tmp_path / "fewer"), a_study(seeds=[0], alone=True))
     expected = statistics.fmean(plus(0.1)(case, "flair") for case in range(2))
     assert row_of(comparison.alone, arm="alone_flair")["dice_mean"] == pytest.approx(expected)
+    scored_cell(tmp_path / "fewer", "alone_t2", "b", 0, plus(0.1), modalities=("t2",), cases=2)
+    scored_cell(tmp_path / "fewer", "alone_flair", "b", 0, plus(0.1), modalities=("flair",), cases=3)
+    compare(read_cells(tmp_path / "fewer"), a_study(seeds=[0], alone=True))  # of a split with nothing else
     with pytest.raises(DataError, match=r"alone_flair, a, seed 0: scores of different cases \(a-003\)"):
         compare(read_cells(tmp_path / "more"), a_study(seeds=[0], alone=True))
 

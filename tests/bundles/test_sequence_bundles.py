@@ -222,6 +222,8 @@ OTHERS -= {"joint", "cggm", "relative", "segresnet", "ensemble", "umt", "g_blend
 
 @pytest.mark.parametrize("method", sorted(OTHERS))
 def test_the_other_methods_train_on_it(bundle, method, data, tmp_path):
+    if bundle != "mosi_cggm" and method not in ("pmr", "qmf", "agm"):
+        pytest.skip("the bundles have the same text; tried here are regression, and what classes make another way")
     extra = {"boost_epochs": 1, "rectify_epochs": 1} if method == "reconboost" else {}
     if method == "unimodal":
         extra["modalities"] = modalities_in(data)[:1]
@@ -293,7 +295,7 @@ def test_the_network_is_exported_with_its_padding_masks(bundle, data, trained, t
 
 @pytest.mark.real_data
 def test_the_two_classes_of_mosi_s_utterances_are_learnt(real_data, tmp_path):
-    """Mostly from the text: guessing gives 0.53, and a logistic regression on the same features 0.76."""
+    """Mostly from the text: the answer "positive" gives 0.62, and a logistic regression on the same features 0.76."""
     values = arguments(real_data / "mosi", tmp_path / "run", task="classification", epochs=3, batch_size=64)
     run("mosi_cggm", "train.yaml", **values)
     run("mosi_cggm", "train.yaml", "evaluate.yaml", **values, part="test")
