@@ -228,10 +228,10 @@ def test_the_other_methods_train_on_it(bundle, method, data, tmp_path):
     if method == "unimodal":
         extra["modalities"] = modalities_in(data)[:1]
     told = arguments(data, tmp_path / "run", epochs=1, **extra)
-    if (bundle, method) == ("mosi_cggm", "qmf"):
+    if bundle == "mosi_cggm" and method in ("pmr", "qmf"):  # regression has no class, and so no prototype or energy
         with pytest.raises(Exception, match="instantiate") as caught:
             workflow(bundle, "train.yaml", f"methods/{method}.yaml", **told)
-        assert "one output (regression)" in str(caught.value.__cause__)
+        assert "one output" in str(caught.value.__cause__)
         return
     run(bundle, "train.yaml", f"methods/{method}.yaml", **told)
     table = pd.read_csv(tmp_path / "run/iterations.csv")
