@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers that the page of evidence shows are those of the committed tables."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -133,3 +134,15 @@ def test_results_are_those_of_the_tables(study: str) -> None:
         assert row[0].strip("`").lower().startswith(arm.removeprefix("alone_")), arm
         assert row[1] == f"{alone.loc[arm, score]:.3f} ± {alone.loc[arm, f'{score}_sd']:.3f}", arm
     assert len(shown) >= len(arms) + len(single)
+
+
+def test_the_logistic_regressions_are_those_of_their_files() -> None:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    mosi, digits = (
+        json.loads((ROOT / f"docs/evidence/{study}/linear.json").read_text(encoding="utf-8"))
+        for study in ("mosi", "digits")
+    )
+    assert f"(evidence/mosi/linear.json), all | {mosi['all']['test']:.3f} |" in page
+    apart = " / ".join(f"{mosi[name]['test']:.3f}" for name in ("text", "audio", "video"))
+    assert f"| logistic regression, text / audio / video | {apart} |" in page
+    assert f"regression on the same samples has {digits['all']['test']:.3f} (" in page
