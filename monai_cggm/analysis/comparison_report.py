@@ -324,7 +324,7 @@ def _fewer(comparison: Comparison) -> str:
         expected = int(of_split[found.index].sum())
         if found.sum() < expected:
             few.append(f"{arm} {found.sum()} of {expected}")
-    return f" Cases that lack the modality are left out; scored are {', '.join(few)}." if few else ""
+    return f" Cases that lack the modality are left out, of training too; scored are {', '.join(few)}." if few else ""
 
 
 def _costs_section(comparison: Comparison, study: Mapping[str, Any]) -> Section | None:

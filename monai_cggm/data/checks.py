@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from monai_cggm.data.labels import NOT_TOLD, label_convention, unknown_label_problem, unknown_labels
-from monai_cggm.data.layouts import LABEL, SUFFIXES, Case, find_cases, is_safe_id
+from monai_cggm.data.layouts import LABEL, SUFFIXES, Case, find_cases, is_safe_id, some
 from monai_cggm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,9 @@ def load_cases(
         lacking = {case.case_id: f"has no {modalities[0]}" for case in cases if modalities[0] not in case.images}
         cases = [case for case in cases if case.case_id not in lacking]
     if lacking and cases:
-        logger.warning("Left out %d cases of %s without %s: %s", len(lacking), source, modalities[0], _some(lacking))
+        logger.warning(
+            "Left out %d cases of %s without %s: %s", len(lacking), source, modalities[0], some(list(lacking), 10)
+        )
     problems = header_problems(cases, modalities, need_label=need_label, allow_missing=allow_missing)
     lines = [f"case {case_id}: {problem}" for case_id, found in problems.items() for problem in found]
     if problems and not skip_bad:
@@ -314,11 +316,6 @@ def format_shape(shape: Sequence[int]) -> str:
         '240x240x155'
     """
     return "x".join(str(size) for size in shape)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _id_problems(case: Case) -> list[str]:

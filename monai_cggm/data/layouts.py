@@ -163,7 +163,7 @@ def _cases_in_folder(folder: Path, modalities: Sequence[str], labels: str | None
     ]
     if not cases:
         strays = sorted(name for names in others.values() for name in names)
-        seen = f"; its NIfTI files are {_some(strays)}" if strays else "; it holds no NIfTI file"
+        seen = f"; its NIfTI files are {some(strays)}" if strays else "; it holds no NIfTI file"
         raise DataError(
             [
                 f"no case in {folder}: expected files such as ID_{modalities[0]}.nii.gz{seen}. Data with one "
@@ -315,5 +315,6 @@ def _convention_or_none(case_id: str, override: str | None) -> str | None:
         return None
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
+    """A list in words, cut after a few."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -167,8 +167,9 @@ def test_cases_without_a_modality_are_counted(tmp_path: Path, report: Path) -> N
     shutil.rmtree(tmp_path / "cells" / "alone_t2")
     scored_cell(tmp_path, "alone_t2", "a", 0, lambda case, subset: 0.3, modalities=("t2",), cases=1, iterations=3)
     write_report(tmp_path, a_study())
-    assert "Cases that lack the modality are left out; scored are alone_t2 1 of 3." in texts(tmp_path)[1]
-    assert "NOT" not in texts(tmp_path)[1]  # an epoch of fewer cases has fewer iterations, and that is no other budget
+    markdown = texts(tmp_path)[1]
+    assert "Cases that lack the modality are left out, of training too; scored are alone_t2 1 of 3." in markdown
+    assert "NOT" not in markdown  # an epoch of fewer cases has fewer iterations, and that is no other budget
 
 
 def test_texts_of_files_are_escaped(report: Path) -> None:

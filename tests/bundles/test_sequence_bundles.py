@@ -218,12 +218,13 @@ def test_methods_of_images_work_on_it(bundle, method, data, tmp_path):
 #: not those above, what is about images or for evaluation only, and what needs other runs
 OTHERS = {path.stem for path in share_path("configs/methods").glob("*.yaml")}
 OTHERS -= {"joint", "cggm", "relative", "segresnet", "ensemble", "umt", "g_blending"}
+#: the bundles have the same text: all methods on one of regression, and those to which classes make a difference
+PAIRS = [("mosi_cggm", method) for method in sorted(OTHERS)]
+PAIRS += [(name, method) for name in BUNDLES[1:] for method in ("agm", "pmr", "qmf")]
 
 
-@pytest.mark.parametrize("method", sorted(OTHERS))
+@pytest.mark.parametrize(("bundle", "method"), PAIRS, indirect=["bundle"], scope="module")
 def test_the_other_methods_train_on_it(bundle, method, data, tmp_path):
-    if bundle != "mosi_cggm" and method not in ("pmr", "qmf", "agm"):
-        pytest.skip("the bundles have the same text; tried here are regression, and what classes make another way")
     extra = {"boost_epochs": 1, "rectify_epochs": 1} if method == "reconboost" else {}
     if method == "unimodal":
         extra["modalities"] = modalities_in(data)[:1]
