@@ -2,6 +2,7 @@
 """The numbers that the page of evidence shows are those of the committed tables."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -101,11 +102,20 @@ def test_differences_in_the_text_are_those_of_the_tables(pair: tuple[str, str], 
     assert shown in " ".join(section("phantom").split())
 
 
-#: study -> the heading of its section of the page of results, its score, the arms in their order, columns of subsets
-METHODS = ("joint", "mrd", "mslr", "g_blending", "greedy", "ogm_ge", "agm", "pmr", "umt", "qmf", "reconboost", "cggm",
-           "cggm_bounded", "recipe", "ensemble")  # fmt: skip
-MOSI = ("joint", "dropout", "recipe", "cggm", "cggm_constant", "cggm_shuffled", "cggm_bounded", "cggm_update",
-        "cggm_update_constant", "cggm_update_shuffled", "ensemble")  # fmt: skip
+#: arms in the order of a table of the page of results -> how their rows begin
+METHODS = {
+    "joint": "joint training", "mrd": "MRD", "mslr": "MSLR", "g_blending": "G-Blending", "greedy": "Greedy",
+    "ogm_ge": "OGM-GE", "agm": "AGM", "pmr": "PMR", "umt": "UMT", "ume": "UME", "qmf": "QMF",
+    "reconboost": "ReconBoost", "cggm": "CGGM, as in the paper", "cggm_bounded": "CGGM, rule `positive`",
+    "recipe": "the default", "ensemble": "ensemble",
+}  # fmt: skip
+MOSI = {
+    "joint": "joint training", "dropout": "+ modality dropout", "recipe": "+ light auxiliary losses",
+    "cggm": "CGGM, as in the paper", "cggm_constant": "the same, the mean", "cggm_shuffled": "the same, another",
+    "cggm_bounded": "CGGM, rule `positive`", "cggm_update": "CGGM, rule `positive`, on",
+    "cggm_update_constant": "the same, the mean", "cggm_update_shuffled": "the same, another", "ensemble": "each ",
+}  # fmt: skip
+#: study -> the heading of its section, its score, the arms, columns of subsets
 RESULTS = {
     "methods_brats_2mm": (
         "Methods of the literature, 33 cases", "dice_mean", METHODS, ["missing_1", "missing_3", "without_key"],
@@ -116,14 +126,31 @@ RESULTS = {
 }  # fmt: skip
 
 
+def results(heading: str) -> str:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    return page.split(f"\n## {heading}")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("study", RESULTS)
+def test_intervals_in_the_results_are_those_of_the_tables(study: str) -> None:
+    shown = re.findall(r"\[(−?[\d.]+),\s+(−?[\d.]+)\]", results(RESULTS[study][0]))
+    assert shown
+    intervals = table(study, "differences")[["low", "high"]].to_numpy()
+    for low, high in shown:
+        ends = [float(end.replace("−", "-")) for end in (low, high)]
+        half = [0.5001 * 10.0 ** -len(end.partition(".")[2]) for end in (low, high)]
+        assert (abs(intervals - ends) <= half).all(axis=1).any(), (low, high)
+
+
 @pytest.mark.parametrize("study", RESULTS)
 def test_results_are_those_of_the_tables(study: str) -> None:
     heading, score, arms, columns = RESULTS[study]
-    page = (ROOT / "docs/results.md").read_text(encoding="utf-8").split(f"\n## {heading}")[1].split("\n## ")[0]
+    page = results(heading)
     shown = rows_of(page, "| method |" if "| method |" in page else "| training |")
     full, alone, subsets = (table(study, name).set_index("arm") for name in ("full_set", "alone", "subsets"))
     scores = pd.concat([full, alone])
-    for row, arm in zip(shown, arms, strict=False):
+    for row, (arm, label) in zip(shown, arms.items(), strict=False):
+        assert row[0].startswith(label), arm
         expected = [
             f"{frame.loc[arm, of]:.3f} ± {frame.loc[arm, f'{of}_sd']:.3f}"
             for frame, of in ((scores, score), (subsets, "subsets"))

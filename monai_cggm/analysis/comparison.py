@@ -67,9 +67,10 @@ class Comparison:
         full_set: arm; ``splits, seeds, cases``; the scores (Dice by region and their mean, HD95 by region) from all
             modalities; with HD95, ``penalties`` of ``distances``: how many of its values are the penalty for a
             region that is empty on one side only.
-        subsets: arm; the mean score over all subsets (``subsets``), over those that lack one modality (``missing_1``),
-            two …, over those with and without the key modality (``with_key``, ``without_key``), of the worst subset
-            (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset is NaN.
+        subsets: arm; ``cases``; the mean score over all subsets (``subsets``), over those that lack one modality
+            (``missing_1``), two …, over those with and without the key modality (``with_key``, ``without_key``), of
+            the worst subset (``worst``, its name in ``worst_subset``), and of each subset. A mean that lacks a subset
+            is NaN. Only cases with every modality count, so that all columns are of the same cases.
         differences: arm minus another (``against``; of an error, the other minus the arm), by ``score``
             (:data:`SCORES`): ``difference``, its 95 % interval ``low`` to ``high``, ``p``, and how many ``cases`` and
             ``seeds`` it rests on. ``role`` says what the other one is: ``reference``, or a control's roles, joined with
@@ -159,8 +160,9 @@ def compare(cells: Cells, study: Mapping[str, Any]) -> Comparison:
     by_subset = by_subset[by_subset.index.isin(fused, level="arm")]
     groups = subset_groups(modalities, study.get("key_modality"))
     measure = measure_of(score)
-    subsets = _subsets_table(by_subset, fused, groups, measure)
-    by_score = _by_score(by_subset, groups, subsets)
+    complete = _of_complete_cases(by_subset)
+    subsets = _subsets_table(complete, fused, groups, measure)
+    by_score = _by_score(by_subset, complete, groups, subsets)
     columns = _score_columns(scores, score)
     classifier_rows = scores[scores["predictor"] != FUSION].rename(columns={"predictor": "modality"})
     return Comparison(
@@ -528,6 +530,14 @@ def _by_subset(scores: pd.DataFrame, score: str, modalities: Sequence[str]) -> p
     return wide.reindex(columns=subsets_of(modalities))
 
 
+def _of_complete_cases(by_subset: pd.DataFrame) -> pd.DataFrame:
+    """Only NaN for a case that lacks a score from a subset that others of its cell have: it lacks a modality."""
+    scored = by_subset.notna()
+    if scored.empty:
+        return by_subset
+    return by_subset.where((scored | ~scored.groupby(list(CELL)).transform("any")).all(axis=1))
+
+
 def _subsets_table(
     by_subset: pd.DataFrame, arms: Iterable[str], groups: Mapping[str, Sequence[str]], measure: Measure
 ) -> pd.DataFrame:
@@ -545,13 +555,16 @@ def _subsets_table(
             continue  # only the full set was scored
         worst = worst_of(each, key=each.__getitem__) if not any(map(math.isnan, each.values())) else None
         of_worst = seed_mean(rows, worst) if worst is not None else None
-        table.append({"arm": arm, **_means(rows, groups)})
+        cases = len(of_arm.dropna(how="all").reset_index()[["split", "case"]].drop_duplicates())
+        table.append({"arm": arm, "cases": cases, **_means(rows, groups)})
         table[-1] |= {"worst": of_worst.mean, "worst_sd": of_worst.sd} if of_worst else {}
         table[-1] |= {"worst_subset": worst, **each}
-    return pd.DataFrame(table, columns=["arm", *columns, "worst", "worst_sd", "worst_subset", *names])
+    return pd.DataFrame(table, columns=["arm", "cases", *columns, "worst", "worst_sd", "worst_subset", *names])
 
 
-def _by_score(by_subset: pd.DataFrame, groups: Mapping[str, Sequence[str]], subsets: pd.DataFrame) -> pd.DataFrame:
+def _by_score(
+    by_subset: pd.DataFrame, complete: pd.DataFrame, groups: Mapping[str, Sequence[str]], subsets: pd.DataFrame
+) -> pd.DataFrame:
     """The scores that arms are compared by, a row a case of a cell and a column a score (:data:`SCORES`)."""
     worst = dict(zip(subsets["arm"], subsets["worst_subset"], strict=True))
     names = list(by_subset.columns)
@@ -561,11 +574,11 @@ def _by_score(by_subset: pd.DataFrame, groups: Mapping[str, Sequence[str]], subs
     by_score["full"] = by_subset[names[0]]
     for score in ("subsets", "without_key"):
         if score in groups:
-            by_score[score] = by_subset[list(groups[score])].mean(axis=1, skipna=False)
+            by_score[score] = complete[list(groups[score])].mean(axis=1, skipna=False)
     for arm, subset in worst.items():
         if isinstance(subset, str):
             rows = by_score.index.get_level_values("arm") == arm
-            by_score.loc[rows, "worst"] = by_subset.loc[rows, subset]
+            by_score.loc[rows, "worst"] = complete.loc[rows, subset]
     return by_score
 
 

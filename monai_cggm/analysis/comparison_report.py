@@ -218,11 +218,23 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     caption = (
         f"Mean {score_title(score)} {measure_of(score).bounds} on the {_part(study)} cases over groups of subsets: "
         "mean ± sample standard deviation over seeds. The modalities outside of a subset count as missing."
+        f"{_incomplete(comparison)}"
     )
     tables = [Table(caption, ["arm", *labels.values(), "worst subset", "which"], rows)]
     if len(subsets_of(comparison.modalities)) > MOST_SUBSETS:
         tables.append(_single_table(comparison, study))
     return Section(title, blocks=[*tables, subset_heat_map(comparison, study)])
+
+
+def _incomplete(comparison: Comparison) -> str:
+    """A sentence on the cases that lack a modality; "" where there are none."""
+    of_all = dict(zip(comparison.full_set["arm"], comparison.full_set["cases"], strict=True))
+    rows = zip(comparison.subsets["arm"], comparison.subsets["cases"], strict=True)
+    counts = {(cases, of_all[arm]) for arm, cases in rows if cases < of_all.get(arm, cases)}
+    if not counts:
+        return ""
+    shown = ", ".join(f"{cases} of {total}" for cases, total in sorted(counts))
+    return f" Only cases with every modality count here, {shown}; the full set is scored on all of them elsewhere."
 
 
 def _single_table(comparison: Comparison, study: Mapping[str, Any]) -> Table:

@@ -71,7 +71,7 @@ def run_study(
         cells, ensembles = study.cells(splits), study.ensembles(splits)
         _refuse_other_plans(cells + ensembles, study, folder)
         if any(not _is_done(cell, folder) for cell in cells):
-            _check_cases(splits, _cases(study, data))
+            _check_cases(splits, _cases(study, data), _alone(study))
         with atomic_path(folder / "study.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
         run = _Runner(study, data, folder, _devices(jobs, threads), watch, launch or children.run, children.stop)
@@ -233,9 +233,10 @@ def _devices(jobs: int | None, threads: int) -> list[dict[str, str]]:
     return [limits for _ in range(jobs or max(cores // threads, 1))]
 
 
-def _cases(study: Study, data: str | Path) -> list[dict[str, Any]]:
-    """The cases, as the study's bundle finds them."""
-    return list(_part_of_bundle("cases", study, data))
+def _cases(study: Study, data: str | Path) -> Sequence[dict[str, Any]]:
+    """The cases, as the study's bundle finds them, with what it left out in their ``skipped``."""
+    cases: Sequence[dict[str, Any]] = _part_of_bundle("cases", study, data)
+    return cases
 
 
 def _part_of_bundle(name: str, study: Study, data: str | Path) -> Any:
@@ -261,12 +262,27 @@ def _drawn_split(study: Study, data: str | Path, folder: Path) -> Path:
     return path
 
 
-def _check_cases(splits: Sequence[Path], cases: list[dict[str, Any]]) -> None:
+def _alone(study: Study) -> list[str]:
+    """The modalities that some arm is trained on alone."""
+    return [modality for modality in study.modalities if f"{ALONE}{modality}" in study.arms]
+
+
+def _check_cases(splits: Sequence[Path], cases: Sequence[dict[str, Any]], alone: Sequence[str]) -> None:
     """Refuse a split that does not fit the data before any cell is trained on it."""
     from monai_cggm.data import split_cases
 
+    problems = []
     for path in splits:
-        split_cases(cases, split_file=path, ignore_missing=False)
+        split = split_cases(cases, split_file=path, ignore_missing=False)
+        # where cases may lack modalities, a network of one sees fewer of them, and must not be left without any
+        problems += [
+            f"{path}: no {part} case has {modality}, and {ALONE}{modality} is to be trained on it alone: expected one"
+            for part, items in split.items()
+            for modality in alone
+            if items and not any(modality in item for item in items)
+        ]
+    if problems:
+        raise DataError(problems)
 
 
 def _check_names(splits: Sequence[Path]) -> None:

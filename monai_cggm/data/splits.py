@@ -49,8 +49,8 @@ def split_cases(
 
     Args:
         cases: datalist items with ``case`` and, if it is known, ``patient``; see :func:`check_patients` for ``parted``.
-            IDs in their ``skipped``, if they have that (:class:`monai_cggm.data.Cases`), may stand in the file: they
-            were left out for a reason that is known.
+            IDs in their ``skipped``, if they have that (:class:`monai_cggm.data.checks.Cases`), may stand in the file:
+            they were left out for a reason that is known.
         sizes: cases in each part, which must add up to all cases.
         fractions: share of each part where ``sizes`` is None; they must add up to 1. Every part with a share above 0
             gets at least one patient.

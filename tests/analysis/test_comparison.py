@@ -352,6 +352,30 @@ def test_scores_left_out_by_a_convention(tmp_path: Path) -> None:
     assert row_of(comparison.differences, score="subsets")["cases"] == 1
 
 
+def test_subsets_are_those_of_complete_cases(tmp_path: Path) -> None:
+    """Case 2 lacks t2 and is far better: it counts in the full set alone, where it is scored from what it has."""
+    for arm, added in (("joint", 0.0), ("recipe", 0.1)):
+        rows = []
+        for case in range(3):
+            has = ("flair", "t1ce") if case == 2 else MODALITIES
+            for subset in ("+".join(MODALITIES), *(s for s in subsets_of(has) if s.count("+") < 2)):
+                dice = 0.9 if case == 2 else DICE[subset] + added + 0.01 * case
+                rows.append(score_row(f"c{case}", "fusion", subset, {"WT": dice}))
+        write_cell(tmp_path, facts(arm, "a", 0), rows)
+    comparison = compare(read_cells(tmp_path), a_study(seeds=[0]))
+    joint = row_of(comparison.subsets, arm="joint")
+    assert joint["cases"] == 2
+    assert joint["subsets"] == pytest.approx(statistics.fmean(DICE.values()) + 0.005)
+    assert (joint["worst"], joint["worst_subset"]) == (pytest.approx(0.105), "t2")
+    for subset, dice in DICE.items():
+        assert joint[subset] == pytest.approx(dice + 0.005), subset
+    full = row_of(comparison.full_set, arm="joint")
+    assert (full["cases"], full["dice_mean"]) == (3, pytest.approx((0.70 + 0.71 + 0.9) / 3))
+    for score, cases, difference in (("full", 3, 20 / 3), ("subsets", 2, 10), ("worst", 2, 10), ("without_key", 2, 10)):
+        found = row_of(comparison.differences, arm="recipe", score=score)
+        assert (found["cases"], found["difference"]) == (cases, pytest.approx(difference)), score
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

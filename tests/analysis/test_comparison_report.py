@@ -172,6 +172,19 @@ def test_cases_without_a_modality_are_counted(tmp_path: Path, report: Path) -> N
     assert "NOT" not in markdown  # an epoch of fewer cases has fewer iterations, and that is no other budget
 
 
+def test_complete_cases_of_the_subsets_are_counted(tmp_path: Path, report: Path) -> None:
+    assert "with every modality count" not in texts(report)[1]
+    shutil.copytree(report / "cells", tmp_path / "cells")
+    lost = [subset for subset in subsets(("flair", "t1ce", "t2"))[1:] if "t2" in subset]
+    for table in tmp_path.glob("cells/*/*/scores.csv"):
+        rows = table.read_text(encoding="utf-8").splitlines()
+        one = rows[1].split(",")[0]  # from now on it lacks t2
+        kept = [r for r in rows if r.split(",")[0] != one or r.split(",")[3] not in lost]
+        table.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    write_report(tmp_path, a_study())
+    assert "Only cases with every modality count here, 4 of 6; the full set" in texts(tmp_path)[1]
+
+
 def test_texts_of_files_are_escaped(report: Path) -> None:
     page, markdown = texts(report)
     assert {tag for tag, _ in page.tags} & {"script", "b"} == set()

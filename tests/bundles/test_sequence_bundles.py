@@ -241,6 +241,23 @@ def test_the_other_methods_train_on_it(bundle, method, data, tmp_path):
     assert len(pd.read_csv(tmp_path / "run/epochs.csv")) == 1
 
 
+def test_the_methods_that_need_other_networks_train_on_it(bundle, data, tmp_path):
+    apart = str(tmp_path / "apart" / "{modality}")
+    names = modalities_in(data)
+    for name, method, seen in (*((m, "unimodal", [m]) for m in names), ("joint", "joint", names)):
+        told = arguments(data, apart.format(modality=name), epochs=1, modalities=seen)
+        run(bundle, "train.yaml", f"methods/{method}.yaml", **told)
+    for method, logged in (("umt", "loss/teachers"), ("g_blending", "blending/")):
+        told = arguments(data, tmp_path / method, epochs=1, teacher_runs=apart)
+        run(bundle, "train.yaml", f"methods/{method}.yaml", **told)
+        table = pd.read_csv(tmp_path / method / "iterations.csv")
+        assert np.isfinite(table.to_numpy(dtype=float)).all()
+        assert table["train/loss"].nunique() == len(table) >= 3
+        own = table[[column for column in table if column.startswith(logged)]]
+        assert (own >= 0).to_numpy().all()
+        assert own.to_numpy().max() > 0
+
+
 def test_new_samples_are_predicted_from_one_file_of_arrays(bundle, data, trained, tmp_path):
     """Padding behind each sequence, its length, and no label: the predictions are those from the published file."""
     samples = [s for s in load_features(data, task=TABLE_7[bundle]["task"]) if s["part"] == "test"][:9]

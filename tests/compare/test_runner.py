@@ -16,12 +16,13 @@ import yaml
 from monai_cggm.compare import read_study, run_study, runner
 from monai_cggm.compare.cell import _TEACHERS, _last_words, facts_of
 from monai_cggm.data import split_cases
+from monai_cggm.data.checks import Cases
 from monai_cggm.errors import DataError
 from monai_cggm.resources import share_path
 from tests.compare.test_study import written
 
 #: what the data hold
-CASES = [{"case": name} for name in "abc"]
+CASES = [{"case": name, **dict.fromkeys(("flair", "t1ce", "t1", "t2"), name)} for name in "abc"]
 SPLIT = {"seed": 0, "train": ["a"], "validation": ["b"], "test": ["c"]}
 HEADER = ["case", "predictor", "convention", "dice_WT", "dice_mean", "hd95_WT"]
 
@@ -221,6 +222,29 @@ def test_a_split_that_does_not_fit_the_data_is_refused_before_any_training(study
     with pytest.raises(DataError, match="case c: is in the split and not among the cases"):
         run(study, tmp_path, bundle)
     assert bundle.calls == []
+
+
+def test_a_modality_that_no_case_of_a_part_has_cannot_be_trained_alone(tmp_path, monkeypatch):
+    (tmp_path / "part.json").write_text(json.dumps(SPLIT))
+    gap = [{k: v for k, v in case.items() if (k, case["case"]) != ("t2", "c")} for case in CASES]
+    monkeypatch.setattr(runner, "_cases", lambda study, data: gap)
+    changes = {"splits": [str(tmp_path / "part.json")], "seeds": [0], "settings": {"modalities": ["t1", "t2"]}}
+    bundle = Bundle()
+    with pytest.raises(
+        DataError, match=r"part\.json: no test case has t2, and alone_t2 is to be trained on it"
+    ) as error:
+        run(read_study(written(tmp_path, alone=True, arms={"joint": None}, **changes)), tmp_path, bundle)
+    assert len(error.value.problems) == 1
+    assert bundle.calls == []
+    together = run(read_study(written(tmp_path, alone=False, arms={"joint": None}, **changes)), tmp_path, bundle)
+    assert [f["status"] for f in together] == ["done"]
+
+
+def test_a_split_may_name_what_the_data_left_out(study, tmp_path, monkeypatch):
+    cases = Cases(CASES[:2], {"c": "its labels are of no class"})
+    monkeypatch.undo()
+    monkeypatch.setattr(runner, "_part_of_bundle", lambda name, study, data: cases)
+    assert {f["status"] for f in run(study, tmp_path, Bundle())} == {"done"}
 
 
 @pytest.mark.parametrize(

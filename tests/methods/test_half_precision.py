@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under autocast networks run in half precision, and what methods measure must not."""
 
+import itertools
+
 import pytest
 import torch
 from ignite.engine import Events
@@ -15,12 +17,14 @@ from monai_cggm.methods import (
     QMF,
     UME,
     UMT,
+    GBlending,
     Greedy,
     ReconBoost,
     RelativeBalance,
     UnimodalObserver,
 )
 from tests.methods import late_toy, toy
+from tests.methods.test_g_blending import trained_apart
 from tests.methods.toy import everything, metric
 
 OBSERVERS = {
@@ -34,6 +38,13 @@ OBSERVERS = {
     "pmr": lambda n, c: PMR(n, c, metric()),
     "umt": lambda n, c: UMT(n, c, metric(), teachers=dict(toy.MaskedNetwork().encoders.items()), weight=1.0),
 }
+#: made from trained networks, which lie in a folder
+NEEDY = {
+    "g_blending": lambda n, c, runs: GBlending(
+        n, c, metric(), runs=trained_apart(runs, toy.MaskedNetwork, toy.MODALITIES), build=toy.MaskedNetwork,
+        loaders={"train": toy.batches(2, seed=1), "validation": toy.batches(1, seed=2)},
+    ),
+}  # fmt: skip
 LATE = {
     "ume": (UME, "probabilities"),
     "qmf": (QMF, "energy"),
@@ -41,7 +52,14 @@ LATE = {
 }
 
 
-def run(name, half=False, lr=0.0, **kwargs):
+@pytest.fixture
+def run(tmp_path):
+    """Counts its calls: each has a folder of its own."""
+    numbers = itertools.count()
+    return lambda name, **kwargs: two_epochs(name, tmp_path / str(next(numbers)), **kwargs)
+
+
+def two_epochs(name, folder, half=False, lr=0.0, **kwargs):
     """Two epochs, by default with weights that stay; what was logged in every step, the method and the network."""
     rows = []
     torch.manual_seed(0)
@@ -53,7 +71,7 @@ def run(name, half=False, lr=0.0, **kwargs):
         engine = late_toy.trainer(network, data, method, task="segmentation", optimizer=sgd, epochs=2, **kwargs)
     else:
         network, classifiers = toy.MaskedNetwork(), toy.ToyClassifiers()
-        method = OBSERVERS[name](network, classifiers)
+        method = NEEDY[name](network, classifiers, folder) if name in NEEDY else OBSERVERS[name](network, classifiers)
         data = toy.batches(3, batch=4, size=24)
         engine = toy.trainer(network, everything(network, classifiers), data, method, epochs=2, lr=lr, **kwargs)
     engine.loss_function = DiceCrossEntropyLoss()
@@ -63,8 +81,8 @@ def run(name, half=False, lr=0.0, **kwargs):
     return rows, method, network
 
 
-@pytest.mark.parametrize("name", OBSERVERS | LATE)
-def test_measures_are_those_of_full_precision(name):
+@pytest.mark.parametrize("name", OBSERVERS | NEEDY | LATE)
+def test_measures_are_those_of_full_precision(run, name):
     half, full = run(name, half=True)[0], run(name)[0]
     assert len(half) == len(full) == 6
     for found, right in zip(half, full, strict=True):
@@ -76,7 +94,7 @@ def test_measures_are_those_of_full_precision(name):
                 assert found[key] == pytest.approx(value, rel=0.05, abs=0.08 if group == "epsilon" else 0.03), key
 
 
-def test_prototypes_count_in_full_precision():
+def test_prototypes_count_in_full_precision(run):
     _, method, _ = run("pmr", half=True)
     labels = torch.cat([batch["label"] for batch in toy.batches(3, batch=4, size=24)]).flatten().long()
     views = torch.nn.functional.one_hot(labels, 4).double().sum(dim=0)
@@ -92,8 +110,8 @@ def test_prototypes_count_in_full_precision():
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
 @pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler:FutureWarning")
-@pytest.mark.parametrize("name", OBSERVERS | LATE)
-def test_a_loss_scale_changes_neither_what_is_measured_nor_a_weight(name):
+@pytest.mark.parametrize("name", OBSERVERS | NEEDY | LATE)
+def test_a_loss_scale_changes_neither_what_is_measured_nor_a_weight(run, name):
     """A power of two cancels exactly, so a method that forgets to take it out of a gradient is told at once."""
     (plain, _, network), (scaled, _, other) = (
         run(name, lr=0.1),
