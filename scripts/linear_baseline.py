@@ -74,9 +74,13 @@ def matrix(samples: Part, modalities: Sequence[str]) -> tuple[np.ndarray, np.nda
 
 
 def strongest_within_one_error(accuracies: Sequence[float], samples: int) -> int:
-    """Return the first accuracy that is no more than one standard error of a share below the best."""
+    """Return the first accuracy that is no more than one standard error of a share below the best.
+
+    The error is that of Laplace's estimate of the share: of 1.000 it would be 0 otherwise.
+    """
     best = max(accuracies)
-    error = (best * (1 - best) / samples) ** 0.5
+    share = (best * samples + 1) / (samples + 2)
+    error = (share * (1 - share) / samples) ** 0.5
     return next(i for i, accuracy in enumerate(accuracies) if accuracy >= best - error)
 
 

@@ -147,6 +147,8 @@ def test_results_are_those_of_the_tables(study: str) -> None:
     heading, score, arms, columns = RESULTS[study]
     page = results(heading)
     shown = rows_of(page, "| method |" if "| method |" in page else "| training |")
+    if shown[0][0].startswith('"positive"'):  # no arm, and nothing that was trained
+        shown = shown[1:]
     full, alone, subsets = (table(study, name).set_index("arm") for name in ("full_set", "alone", "subsets"))
     scores = pd.concat([full, alone])
     for row, (arm, label) in zip(shown, arms.items(), strict=False):

@@ -131,6 +131,7 @@ def load_features(
     allow_missing: bool = False,
     need_label: bool = True,
     classes: Sequence[str] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Samples:
     """Read feature tables or sequences, one a modality, and check them.
 
@@ -161,6 +162,7 @@ def load_features(
             too, although none that is published has one. Where one modality is read, samples without it are left out.
         need_label: whether there must be labels; without it they are not read.
         classes: the classes that are known already, so that no other may come.
+        limits: of a regression: the least and the greatest label that the scale has.
 
     Returns:
         The samples, in the order of the first modality's file; ``skipped`` says which ones the file has beyond them.
@@ -168,7 +170,8 @@ def load_features(
     Raises:
         ValueError: for another task.
         DataError: lists what is wrong: missing files and modalities, parts that are empty or lack a modality, lengths
-            or IDs that do not fit, NaN, labels that are missing, no whole numbers, or of no known class.
+            or IDs that do not fit, NaN, labels that are missing, no whole numbers, of no known class or beyond the
+            limits. A row is named by its number in its own file, from 1, without a head.
 
     Example:
         >>> import tempfile
@@ -200,11 +203,13 @@ def load_features(
     if not order:
         raise DataError([f"{source} has no sample that can be used"])
     rows = {name: _rows(table, places[name], used) for name, table in features.items()}
-    aligned = {name: _vector(table, places[name], used) for name, table in beside.items()}
+    # which row of its table a sample has: what is aligned is in the samples' order
+    own = {name: _own_rows(place, used, len(ids)) for name, place in places.items()}
+    aligned = {name: table.values.ravel()[own[name]] for name, table in beside.items()}
     lengths = {name: aligned[name + LENGTHS] for name in names if name + LENGTHS in aligned}
-    part_of = _parts(aligned["split"], beside["split"]) if "split" in aligned else parts
-    called = _called(order, used, part_of)
-    present = _check_values(features, rows, lengths, called, allow_missing)
+    called = {name: _Called(table, own[name], order) for name, table in {**features, **beside}.items()}
+    part_of = _parts(aligned["split"], called["split"]) if "split" in aligned else parts
+    present = _check_values(rows, lengths, called, allow_missing)
     items = _items(order, rows, lengths, present)
     group_of = [str(group) for group in aligned["group"]] if "group" in aligned else order
     parted = beside["split"].parted if "split" in beside else frozenset()
@@ -216,7 +221,7 @@ def load_features(
             item["parted"] = True
     known: tuple[str, ...] = tuple(classes or ())
     if labels is not None:
-        targets, known = _labels(aligned["label"], labels.where, task, known, called)
+        targets, known = _labels(aligned["label"], called["label"], task, known, limits)
         for item, target in zip(items, targets, strict=True):
             item["label"] = target
     if len(names) == 1:  # of those that it may lack; classes and groups are known from all
@@ -631,17 +636,23 @@ def _rows(table: Table, places: Sequence[int] | None, used: Sequence[int] | None
     return rows if used is None else rows.taken(used)
 
 
-def _vector(table: Table, places: Sequence[int] | None, used: Sequence[int] | None) -> np.ndarray:
-    values = table.values.ravel()
-    values = values if places is None else values[places]
-    return values if used is None else values[used]
+def _own_rows(places: Sequence[int] | None, used: Sequence[int] | None, samples: int) -> np.ndarray:
+    rows = np.arange(samples) if places is None else np.asarray(places)
+    return rows if used is None else rows[used]
 
 
-def _called(order: Sequence[str], used: Sequence[int] | None, parts: Sequence[str] | None) -> list[str]:
-    """What messages call each sample: its row in the file, its ID and its part."""
-    numbers = range(len(order)) if used is None else used
-    endings = [""] * len(order) if parts is None else [f" in the {part} part" for part in parts]
-    return [f"row {n + 1} ({case}){end}" for n, case, end in zip(numbers, order, endings, strict=True)]
+@dataclass(frozen=True)
+class _Called:
+    """What messages call the samples of a table, whose rows may have another order than the samples."""
+
+    table: Table
+    rows: np.ndarray
+    cases: Sequence[str]
+
+    def named(self, sample: int) -> tuple[str, str]:
+        """A sample's row and ID, and where the row lies."""
+        number, where = self.table.lies(int(self.rows[sample]))
+        return f"row {number} ({self.cases[sample]})", where
 
 
 def _items(
@@ -658,40 +669,40 @@ def _items(
 
 
 def _check_values(
-    tables: Mapping[str, Table],
     rows: Mapping[str, Rows],
     lengths: Mapping[str, np.ndarray],
-    called: Sequence[str],
+    called: Mapping[str, _Called],
     allow_missing: bool,
 ) -> dict[str, np.ndarray]:
     """Say which samples have which modality, ``(N,)`` a modality, after a look at every number."""
     present, problems = {}, []
-    for name, table in tables.items():
-        values = rows[name]
+    for name, values in rows.items():
         if values.dtype.kind not in "fiub" or len(values.shape) not in (2, 3) or 0 in values.shape:
             kind = "objects" if values.dtype == object else f"{values.dtype} {values.shape}"
             problems.append(
-                f"modality {name}: holds {kind}, expected numbers (N, D) or sequences (N, T, D) ({table.where})"
+                f"modality {name}: holds {kind}, expected numbers (N, D) or sequences (N, T, D) "
+                f"({called[name].table.where})"
             )
             continue
-        problem = _length_problem(lengths[name], values.shape) if name in lengths else None
+        problem = _length_problem(lengths[name], values.shape, called[name + LENGTHS]) if name in lengths else None
         if problem:
-            problems.append(f"modality {name}: {problem} ({table.where})")
+            problems.append(f"modality {name}: {problem}")
             continue
         bad, empty = _bad_and_empty(values, lengths[name].astype(int) if name in lengths else None)
         wrong = bad & ~(empty & allow_missing) | (empty & (not allow_missing))
         if wrong.any():
-            first = int(wrong.argmax())
+            first, where = called[name].named(int(wrong.argmax()))
             hint = "; a row that is NaN throughout counts as missing with allow_missing" if empty[wrong].all() else ""
             problems.append(
                 f"modality {name}: {int(wrong.sum())} rows with NaN, infinite or no values, the first is "
-                f"{called[first]}{hint} ({table.where})"
+                f"{first}{hint} ({where})"
             )
         present[name] = ~empty
     if not problems:
         none = ~np.stack(list(present.values())).any(axis=0)
-        if none.all() or (none.any() and len(tables) > 1):
-            problems.append(f"{called[int(none.argmax())]} has none of the modalities {', '.join(tables)}")
+        if none.all() or (none.any() and len(rows) > 1):
+            first, where = next(iter(called.values())).named(int(none.argmax()))
+            problems.append(f"{first} has none of the modalities {', '.join(rows)} ({where})")
     if problems:
         raise DataError(problems)
     return present
@@ -714,34 +725,39 @@ def _bad_and_empty(rows: Rows, lengths: np.ndarray | None) -> tuple[np.ndarray, 
     return bad, empty
 
 
-def _length_problem(lengths: np.ndarray, shape: Sequence[int]) -> str | None:
+def _length_problem(lengths: np.ndarray, shape: Sequence[int], called: _Called) -> str | None:
     if len(shape) != 3:
-        return "has lengths and is no sequence (N, T, D)"
+        return f"has lengths and is no sequence (N, T, D) ({called.table.where})"
     wrong = ~np.isin(lengths, np.arange(shape[1] + 1))
-    row = int(wrong.argmax())
-    return f"length {lengths[row]} in row {row + 1}, expected 0 to {shape[1]}" if wrong.any() else None
+    if not wrong.any():
+        return None
+    sample = int(wrong.argmax())
+    row, where = called.named(sample)
+    return f"length {lengths[sample]} in {row}, expected 0 to {shape[1]} ({where})"
 
 
-def _parts(values: np.ndarray, table: Table) -> list[str]:
+def _parts(values: np.ndarray, called: _Called) -> list[str]:
     words = [str(value).strip().lower() for value in values]
-    row = next((i for i, word in enumerate(words) if word not in PART_OF), None)
-    if row is not None:
-        expected = "train, validation or test"
-        raise DataError([f"split: {words[row]!r} in row {row + 1}, expected {expected} ({table.where})"])
+    sample = next((i for i, word in enumerate(words) if word not in PART_OF), None)
+    if sample is not None:
+        row, where = called.named(sample)
+        raise DataError([f"split: {words[sample]!r} in {row}, expected train, validation or test ({where})"])
     return [PART_OF[word] for word in words]
 
 
 def _labels(
-    values: np.ndarray, where: str, task: Task, known: tuple[str, ...], called: Sequence[str]
+    values: np.ndarray, called: _Called, task: Task, known: tuple[str, ...], limits: tuple[float, float] | None
 ) -> tuple[list[Any], tuple[str, ...]]:
     """Targets, and the classes that they count through."""
+    where = called.table.where
     if values.dtype == object:
         raise DataError([f"labels: hold objects, expected numbers or words ({where})"])
 
     def refuse(rows: np.ndarray, expected: str) -> None:
         if rows.any():
             index = int(rows.argmax())
-            raise DataError([f"labels: {called[index]} is {str(values[index])!r}, expected {expected} ({where})"])
+            row, file = called.named(index)
+            raise DataError([f"labels: {row} is {str(values[index])!r}, expected {expected} ({file})"])
 
     numbers = _as_numbers(values)
     if task == "regression":
@@ -749,6 +765,9 @@ def _labels(
             refuse(np.array([_as_numbers(value) is None for value in values]), "a number")
             return [], ()
         refuse(~np.isfinite(numbers), "a finite number")
+        if limits is not None:
+            low, high = limits
+            refuse((numbers < low) | (numbers > high), f"{low:g} to {high:g}; another scale needs --sentiment false")
         return [float(n) for n in numbers], ()
     if numbers is None:
         words = [str(value).strip() for value in values]

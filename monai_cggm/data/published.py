@@ -148,6 +148,9 @@ def read_mosi(folder: str | Path) -> dict[str, Table]:
             parts["train"][0][name][:, :-1],
             str(folder / f"data_{name}_{name}_*0.csv"),
             following=(parts["test"][0][name][:, :-1],),
+            pieces=tuple(
+                (len(parts[part][0][name]), str(folder / f"data_{name}_{name}_{part}0.csv")) for part in parts
+            ),
         )
         for name in MOSI_MODALITIES
     }
@@ -291,10 +294,17 @@ def _modality(
             lengths.append(ends - begins)
         pieces.append(values)
     _tell_replaced(name, replaced, path)
-    tables = {name: Table(pieces[0], f"{path}, {name}", following=tuple(pieces[1:]))}
+    sizes = dict(zip(parts, map(len, pieces), strict=True))
+    where = f"{path}, {name}"
+    tables = {name: Table(pieces[0], where, following=tuple(pieces[1:]), pieces=_pieces(sizes, where))}
     if lengths:
-        tables[name + "_lengths"] = Table(np.concatenate(lengths), f"{path}, {name}_lengths")
+        where += "_lengths"
+        tables[name + "_lengths"] = Table(np.concatenate(lengths), where, pieces=_pieces(sizes, where))
     return tables
+
+
+def _pieces(sizes: Mapping[str, int], where: str) -> tuple[tuple[int, str], ...]:
+    return tuple((size, f"{where} of the {part} part") for part, size in sizes.items())
 
 
 def _floats(array: np.ndarray) -> np.ndarray:
@@ -339,13 +349,17 @@ def _whole(given: Any, size: int, what: str, path: Path) -> np.ndarray:
     values = np.asarray(given).ravel()
     if values.dtype.kind not in "iuf" or len(values) != size or (values != np.round(values)).any():
         raise DataError([f"{what}: hold {_described(given)}, expected {size} whole numbers ({path})"])
+    if (values < 0).any():
+        row = int((values < 0).argmax())
+        raise DataError([f"{what}: {values[row]:g} in row {row + 1}, expected a length from 0 ({path})"])
     return values.astype(int)
 
 
 def _labels(pieces: Sequence[np.ndarray], sizes: Mapping[str, int], path: Path) -> Table:
     where = f"{path}, labels"
+    lying = _pieces(sizes, where)
     if all(piece.size == size for piece, size in zip(pieces, sizes.values(), strict=True)):
-        return Table(np.concatenate([piece.ravel() for piece in pieces]), where)
+        return Table(np.concatenate([piece.ravel() for piece in pieces]), where, pieces=lying)
     if not all(piece.ndim == 3 and piece.shape[1:] == (len(EMOTIONS), 2) for piece in pieces):
         shapes = ", ".join(str(piece.shape) for piece in pieces)
         raise DataError([f"labels: are {shapes}, expected one number a row, or yes and no for 4 emotions ({where})"])
@@ -354,15 +368,16 @@ def _labels(pieces: Sequence[np.ndarray], sizes: Mapping[str, int], path: Path) 
     wrong = (no == yes).any(axis=1)
     if wrong.any():
         row = int(wrong.argmax())
+        number, part = Table(marks, where, pieces=lying).lies(row)
         raise DataError(
-            [f"labels: row {row + 1} has yes and no, or neither, for {_names(no[row] == yes[row])} ({where})"]
+            [f"labels: row {number} has yes and no, or neither, for {_names(no[row] == yes[row])} ({part})"]
         )
     if (no.sum(axis=1) == 1).sum() > (yes.sum(axis=1) == 1).sum():
         raise DataError([f"labels: the second of two columns must say yes, and most rows have one no in it ({where})"])
     counts = yes.sum(axis=1)
     words = np.array(EMOTIONS)[yes.argmax(axis=1)]
     skipped = {int(row): f"its emotions are {_names(yes[row])}, expected one" for row in np.flatnonzero(counts != 1)}
-    return Table(words, where, skipped=skipped)
+    return Table(words, where, skipped=skipped, pieces=lying)
 
 
 def _names(marked: np.ndarray) -> str:

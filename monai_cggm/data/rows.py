@@ -20,6 +20,7 @@ class Table:
     Attributes:
         values: ``(N,)``, ``(N, D)`` or ``(N, T, D)``.
         where: the file, and the key in it if it has several, for messages.
+        pieces: rows and ``where`` of each file or key, where the rows come from several.
         ids: the samples' IDs, where the file has them.
         turnable: whether a file of this kind may hold it with a column a sample, as MATLAB's do.
         following: further arrays, whose rows come after those of ``values``: parts that lie in several files.
@@ -34,9 +35,24 @@ class Table:
     following: tuple[np.ndarray, ...] = ()
     skipped: Mapping[int, str] = field(default_factory=dict)
     parted: frozenset[str] = frozenset()
+    pieces: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, (self.values, *self.following)))
+
+    def lies(self, row: int) -> tuple[int, str]:
+        """Return where a row lies, for messages: its number in its own file or key, from 1, and that one's ``where``.
+
+        Example:
+            >>> table = Table(np.zeros(5), "labels", pieces=((3, "y_train"), (2, "y_test")))
+            >>> table.lies(2), table.lies(3)
+            ((3, 'y_train'), (1, 'y_test'))
+        """
+        for size, where in self.pieces:
+            if row < size:
+                return row + 1, where
+            row -= size
+        return row + 1, self.where
 
 
 class Rows:

@@ -178,9 +178,10 @@ def _joined(name: str, parts: Mapping[str, Table], rows: Mapping[str, int]) -> T
         raise DataError(problems)
     ids = None if any(piece.ids is None for piece in pieces) else tuple(i for p in pieces for i in p.ids or ())
     arrays = tuple(piece.values for piece in pieces)
+    joined = replace(first, ids=ids, turnable=False, pieces=tuple((len(p.values), p.where) for p in pieces))
     if is_special(name):
-        return replace(first, values=np.concatenate(arrays), ids=ids, turnable=False)
-    return replace(first, values=arrays[0], following=arrays[1:], ids=ids, turnable=False)
+        return replace(joined, values=np.concatenate(arrays))
+    return replace(joined, values=arrays[0], following=arrays[1:])
 
 
 def _in_folder(folder: Path) -> dict[str, Table]:

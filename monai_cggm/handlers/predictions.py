@@ -217,6 +217,9 @@ class PredictionsWriter:
         classes: the label of each class index; None or none: regression.
         case_key: the batch's key for the cases' IDs.
 
+    Raises:
+        CaseError: in a run, for a sample of which a prediction is no finite number.
+
     Example:
         >>> import tempfile
         >>> evaluator = Engine(lambda engine, batch: {"pred": torch.tensor([[0.0, 0.0], [0.0, 50.0]])})
@@ -250,6 +253,10 @@ class PredictionsWriter:
         pred = output[CommonKeys.PRED]
         columns: dict[str, list[Any]] = {"case": list(batch[self.case_key])}
         for name, logits in (pred if isinstance(pred, Mapping) else {FUSION: pred}).items():
+            broken = ~logits.isfinite().all(dim=1)
+            if broken.any():
+                case = columns["case"][int(broken.int().argmax())]
+                raise CaseError(case, f"{name} predicts NaN or infinity, expected numbers: weights or inputs are bad")
             columns |= self._columns("" if name == FUSION else f"{name}_", logits.detach())
         self._rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -19,6 +19,7 @@ from monai_cggm.errors import users_error
 from monai_cggm.networks import modality_subsets, subset_predictor
 from monai_cggm.resources import share_path
 from tests.bundles.running import environment
+from tests.data import test_published as published
 
 BUNDLES = ("mosi_cggm", "iemocap_cggm", "food101_cggm")
 DASHES = "# ------------------------------------------------------------------------------------------- parts\n"
@@ -308,7 +309,44 @@ def test_the_network_is_exported_with_its_padding_masks(bundle, data, trained, t
     torch.jit.script(network.eval()).save(tmp_path / "model.ts")
     x = next(iter(infer.parser.get_parsed_content("dataloader")))["image"]
     assert any(key.endswith("_padding") for key in x) == (bundle != "food101_cggm")
-    torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(x), network(x))
+    exported = torch.jit.load(tmp_path / "model.ts")
+    torch.testing.assert_close(exported(x), network(x))
+    present = torch.rand(len(network(x)), len(modalities_in(data)), generator=torch.Generator().manual_seed(0)) > 0.5
+    present[:, 0] |= ~present.any(dim=1)
+    assert not present.all()
+    torch.testing.assert_close(exported(x, present=present), network(x, present=present))
+    assert not torch.allclose(network(x, present=present), network(x))
+
+
+#: dialogues that leave a validation part
+MORE = {f"d{number}": [0, 1, 2, 3] for number in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("mosi_cggm", lambda folder, rng: (published.mosi(folder / "mosi", rng), folder / "mosi")[1]),
+        ("iemocap_cggm", lambda folder, rng: published.written(folder, tuple(published.dialogues(rng, **MORE)))),
+    ],
+    ids=["utterances of MOSI", "dialogues of IEMOCAP"],
+)
+def test_the_other_published_forms_go_from_training_to_predictions(name, write, tmp_path):
+    """A vector a modality; the parts are the published ones, of which the training part gives the validation part."""
+    source = write(tmp_path, np.random.default_rng(0))
+    told = arguments(source, tmp_path / "run", task="classification", epochs=2, batch_size=2)
+    run(name, "train.yaml", **told)
+    run(name, "train.yaml", "evaluate.yaml", **told, part="test")
+    samples = load_features(source)
+    words = samples.description.classes
+    truth = {s["case"]: words[s["label"]] for s in samples if s["part"] == "test"}
+    scores = pd.read_csv(tmp_path / "run/test/cases.csv")
+    scores = scores[scores["predictor"] == "fusion"].set_index("case")
+    assert scores["truth"].to_dict() == truth
+    places = {"dataset_dir": str(source), "model_file": str(tmp_path / "run/model.pt"), "output_dir": str(tmp_path)}
+    run(name, "inference.yaml", kind="infer", **places, **TINY)
+    predicted = pd.read_csv(tmp_path / "predictions.csv").set_index("case")
+    assert predicted.loc[scores.index, "prediction"].tolist() == scores["prediction"].tolist()
+    assert len(predicted) == len(load_features(source, need_label=False))
 
 
 @pytest.mark.real_data

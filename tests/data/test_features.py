@@ -159,7 +159,7 @@ def test_a_split_column_of_the_labels(tmp_path):
     split = split_features(load_features(tmp_path), source="file")
     assert [len(split[p]) for p in ("train", "validation", "test")] == [4, 2, 2]
     pd.DataFrame({"label": LABELS, "split": ["train"] * 7 + ["exam"]}).to_csv(tmp_path / "labels.csv", index=False)
-    assert "split: 'exam' in row 8, expected train, validation or test" in problems(tmp_path)[0]
+    assert "split: 'exam' in row 8 (row_8), expected train, validation or test" in problems(tmp_path)[0]
     groups = [f"g{i}" for i in range(7)] + ["g0"]
     pd.DataFrame({"label": LABELS, "split": words, "group": groups}).to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(DataError, match="patient g0 is in both train and test"):
@@ -305,7 +305,9 @@ def test_a_row_of_nan_is_a_missing_modality_where_that_is_allowed(tmp_path):
     none = A.copy()
     none[2] = np.nan
     np.savez(tmp_path / "none.npz", a=none, b=less, labels=LABELS)
-    assert problems(tmp_path / "none.npz", allow_missing=True) == ["row 3 (row_3) has none of the modalities a, b"]
+    assert problems(tmp_path / "none.npz", allow_missing=True) == [
+        f"row 3 (row_3) has none of the modalities a, b ({tmp_path / 'none.npz'}, a)"
+    ]
 
 
 def test_of_one_modality_alone_the_samples_without_it_are_left_out(tmp_path):
@@ -367,7 +369,7 @@ def test_sequences_and_their_lengths(tmp_path):
     without = load_features(tmp_path / "none.npz", allow_missing=True)
     assert ["text" in s for s in without] == [i != 4 for i in range(8)]
     np.savez(tmp_path / "long.npz", text=text, text_lengths=lengths + 1, labels=LABELS)
-    assert "length 7 in row 1, expected 0 to 6" in problems(tmp_path / "long.npz")[0]
+    assert "length 7 in row 1 (row_1), expected 0 to 6" in problems(tmp_path / "long.npz")[0]
 
 
 @pytest.mark.parametrize("values", [np.array(["x"] * 8), np.zeros((8, 2, 2, 2))])
@@ -446,7 +448,43 @@ def test_parts_in_npy_files_are_mapped(tmp_path):
     spoiled[6, 1] = np.inf
     np.save(tmp_path / "b_test.npy", spoiled[5:])
     (problem,) = problems(tmp_path)
-    assert "modality b: 1 rows with NaN, infinite or no values, the first is row 7 (test_7)" in problem
+    assert "modality b: 1 rows with NaN, infinite or no values, the first is row 2 (test_7)" in problem
+    assert problem.endswith(f"({tmp_path / 'b_test.npy'})")
+    np.save(tmp_path / "b_test.npy", B[5:])
+    np.save(tmp_path / "labels_test.npy", np.array([1.0, 2.0, np.nan]))
+    (problem,) = problems(tmp_path)
+    assert problem.startswith("labels: row 3 (test_8) is 'nan', expected")
+    assert problem.endswith(f"({tmp_path / 'labels_test.npy'})")
+
+
+def test_a_bad_row_is_the_one_of_its_own_file(tmp_path):
+    """The files' orders differ: what is first in one is last in the other."""
+    names = [f"s{i}" for i in range(8)]
+    spoiled = B.copy()
+    spoiled[1, 2] = np.nan
+    labels = LABELS.astype(float)
+    labels[3] = 1.5
+    pd.DataFrame(A, index=pd.Index(names, name="id")).to_csv(tmp_path / "a.csv")
+    pd.DataFrame(spoiled[::-1], index=pd.Index(names[::-1], name="id")).to_csv(tmp_path / "b.csv")
+    written = pd.DataFrame({"id": names[::-1], "label": labels[::-1]})
+    written.to_csv(tmp_path / "labels.csv", index=False)
+    (problem,) = problems(tmp_path)
+    assert "the first is row 7 (s1)" in problem
+    assert str(tmp_path / "b.csv") in problem
+    pd.DataFrame(B[::-1], index=pd.Index(names[::-1], name="id")).to_csv(tmp_path / "b.csv")
+    (problem,) = problems(tmp_path)
+    assert problem.startswith("labels: row 5 (s3) is '1.5', expected a whole number")
+    assert written["id"][4] == "s3"
+
+
+def test_labels_beyond_the_scale_are_refused(tmp_path):
+    values = np.array([-3.0, 3.0, 0.0, 1.0, 2.0, 3.001, 0.0, 0.0])
+    np.savez(tmp_path / "all.npz", a=A, labels=values)
+    told = {"task": "regression", "limits": (-3.0, 3.0)}
+    (problem,) = problems(tmp_path / "all.npz", **told)
+    assert problem.startswith("labels: row 6 (row_6) is '3.001', expected -3 to 3; another scale needs --sentiment fal")
+    np.savez(tmp_path / "all.npz", a=A, labels=np.minimum(values, 3.0))
+    assert [s["label"] for s in load_features(tmp_path / "all.npz", **told)] == np.minimum(values, 3.0).tolist()
 
 
 def owner(array):

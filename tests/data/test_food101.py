@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from monai_cggm.data import food101
 from monai_cggm.data.features import load_features, split_features
 from monai_cggm.data.food101 import FoodSample, prepare_food101, read_food101
 from monai_cggm.errors import DataError
+from tests.bundles import test_sequence_bundles as bundles
 
 WORDS = [
     "[PAD]",
@@ -317,6 +319,25 @@ def test_batch_size_and_threads_do_not_change_values(
 
 
 # the folder
+
+
+@pytest.mark.parametrize("tokens", ["cls", "all"])
+def test_the_bundle_goes_on_from_the_folder(source: Path, models: dict[str, Path], tmp_path: Path, tokens: Any) -> None:
+    """From photographs and titles to a prediction of each test sample."""
+    made = prepare_food101(source, tmp_path / "features", tokens=tokens, max_length=12, **models)
+    told = bundles.arguments(made.folder, tmp_path / "run", epochs=2, batch_size=2)
+    bundles.run("food101_cggm", "train.yaml", **told)
+    bundles.run("food101_cggm", "train.yaml", "evaluate.yaml", **told, part="test")
+    scores = pd.read_csv(tmp_path / "run/test/cases.csv")
+    scores = scores[scores["predictor"] == "fusion"].set_index("case")
+    assert {case: row["truth"] for case, row in scores.iterrows()} == {c: _class(c) for c, _ in TITLES["test"]}
+    places = {"dataset_dir": str(made.folder), "model_file": str(tmp_path / "run/model.pt")}
+    bundles.run(
+        "food101_cggm", "inference.yaml", kind="infer", output_dir=str(tmp_path / "out"), **places, **bundles.TINY
+    )
+    predicted = pd.read_csv(tmp_path / "out/predictions.csv").set_index("case")
+    assert set(predicted.index) == set(CASES)
+    assert predicted.loc[scores.index, "prediction"].tolist() == scores["prediction"].tolist()
 
 
 @pytest.mark.parametrize("tokens", ["cls", "all"])

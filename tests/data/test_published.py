@@ -188,7 +188,7 @@ def test_other_values_that_are_no_numbers_are_refused(name, value, rng, tmp_path
     for allow_missing in (False, True):
         (problem,) = problems(path, task="regression", allow_missing=allow_missing)
         assert "data.pkl: audio: 1 infinite values became 0, in 1 rows" in caplog.text
-        where = f"row 10 (-a_test_4_2) in the test part ({path}, {name})"
+        where = f"row 2 (-a_test_4_2) ({path}, {name} of the test part)"
         assert problem == f"modality {name}: 1 rows with NaN, infinite or no values, the first is {where}"
 
 
@@ -198,7 +198,8 @@ def test_a_row_of_nan_is_a_missing_modality_where_that_is_allowed(rng, tmp_path)
     content["valid"]["audio"][1] = np.nan
     path = written(tmp_path, content)
     (problem,) = problems(path, task="regression")
-    assert "the first is row 8 (-a_valid_3_2) in the validation part; a row that is NaN throughout counts" in problem
+    assert "the first is row 2 (-a_valid_3_2); a row that is NaN throughout counts" in problem
+    assert problem.endswith("audio of the validation part)")
     samples = load_features(path, task="regression", allow_missing=True)
     assert ["audio" in s for s in samples] == [i != 7 for i in range(11)]
     for name in ("text", "vision"):
@@ -245,7 +246,7 @@ def test_lengths_that_are_given_keep_words_side_by_side(tmp_path):
     assert kept(samples, "audio") == [[5, 6], [5, 6, 7]]
     content["audio_lengths"] = [2, 5]
     (problem,) = problems(written(tmp_path, {"train": content}), task="regression")
-    assert problem.startswith("modality audio: length 5 in row 2, expected 0 to 4")
+    assert problem.startswith("modality audio: length 5 in row 2 (train_2), expected 0 to 4")
 
 
 def test_a_position_that_is_infinite_throughout_is_no_padding(tmp_path):
@@ -343,7 +344,8 @@ def test_emotions_whose_yes_and_no_do_not_fit_are_refused(spoil, expected, rng, 
 def test_sentiment_is_no_class(rng, tmp_path):
     path = written(tmp_path, mult(rng, sequences(rng)))
     (problem,) = problems(path)
-    assert "labels: row 1 (-a_train_0_1) in the train part is '" in problem
+    assert "labels: row 1 (-a_train_0_1) is '" in problem
+    assert problem.endswith("labels of the train part)")
     assert "other numbers need --task regression" in problem
 
 
@@ -497,7 +499,11 @@ def test_a_validation_part_cannot_be_drawn_where_every_video_is_tested(rng, tmp_
         ),
         (
             lambda c: c["train"].update(audio_lengths=[9] + [1] * 5),
-            "modality audio: length 9 in row 1, expected 0 to 8",
+            "modality audio: length 9 in row 1 (-a_train_0_1), expected 0 to 8",
+        ),
+        (
+            lambda c: c["test"].update(audio_lengths=[1, -2, 1]),
+            "audio_lengths of the test part: -2 in row 2, expected a length from 0",
         ),
         (
             lambda c: [e.pop(n) for e in c.values() for n in DIMENSIONS],
@@ -547,13 +553,14 @@ def test_a_published_file_that_runs_code(rng, tmp_path):
 # ---------------------------------------------------------------------- IEMOCAP's dialogues
 
 
-def dialogues(rng):
-    labels = {"b": [0, 1, 5, 4], "a": [2, 3], "t": [5, 2], "c": [1, 0]}
+def dialogues(rng, **more):
+    """``more``: further dialogues of the training part, and their utterances' emotions."""
+    labels = {"b": [0, 1, 5, 4], "a": [2, 3], "t": [5, 2], "c": [1, 0], **more}
     text, audio, visual = ({d: [rng.normal(size=n) for _ in own] for d, own in labels.items()} for n in (4, 3, 2))
     ids = {d: [f"{d}_F{i:03d}" for i in range(len(own))] for d, own in labels.items()}
     speakers = {d: ["M"] * len(own) for d, own in labels.items()}
     sentences = {d: ["words"] * len(own) for d, own in labels.items()}
-    return [ids, speakers, labels, text, audio, visual, sentences, {"b", "a", "c"}, ["t"]]
+    return [ids, speakers, labels, text, audio, visual, sentences, {"b", "a", "c", *more}, ["t"]]
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -624,7 +631,7 @@ def test_dialogues_with_values_that_are_no_numbers(place, name, value, rng, tmp_
     content[place]["b"][3][0] = value
     path = written(tmp_path, tuple(content))
     (problem,) = problems(path)
-    where = f"row 6 (b_F003) in the train part ({path}, {name})"  # as it lies in the file, with those that are skipped
+    where = f"row 6 (b_F003) ({path}, {name})"  # as it lies in the file, with those that are skipped
     assert problem == f"modality {name}: 1 rows with NaN, infinite or no values, the first is {where}"
 
 

@@ -104,6 +104,27 @@ def test_what_cannot_be_scored_is_refused():
         engine.run([0])
 
 
+@pytest.mark.parametrize("classes", [CLASSES, None])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_prediction_that_is_no_number_is_named_and_nothing_is_written(classes, bad, tmp_path):
+    prediction = torch.zeros(3, 1 if classes is None else len(CLASSES))
+    prediction[1, 0] = bad
+
+    def run(fusion, audio):
+        engine = Engine(lambda *_: {"pred": {"fusion": fusion, "audio": audio}})
+        PredictionsWriter(tmp_path, classes).attach(engine)
+        engine.run([{"case": ["s1", "s2", "s3"]}])
+
+    fine = torch.zeros_like(prediction)
+    with pytest.raises(CaseError, match="case s2: fusion predicts NaN or infinity"):
+        run(prediction, fine)
+    with pytest.raises(CaseError, match="case s2: audio predicts NaN or infinity"):
+        run(fine, prediction)
+    assert list(tmp_path.iterdir()) == []
+    run(fine, fine)
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 3
+
+
 def test_the_printed_table_leaves_out_subsets_of_which_there_are_too_many(tmp_path, capsys):
     predictors = ("fusion", "fusion[a+b]", "fusion[a]", "a")
     state_of = evaluate(batches("classification", predictors=predictors), PredictionScoresWriter(tmp_path, rows=3))

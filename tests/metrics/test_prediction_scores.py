@@ -35,6 +35,25 @@ def test_regression_is_scikit_learn_s_and_leaves_truths_of_zero_out_of_the_signs
     assert set(regression_scores(truth, prediction, sentiment=False)) == {"mae", "pearson"}
 
 
+@pytest.mark.parametrize(
+    ("truth", "prediction", "acc2", "acc7"),
+    [
+        # a prediction of exactly 0 is negative, and the smallest number above it positive
+        ([1.0, -1.0, 1.0], [0.0, 0.0, 1e-9], 2 / 3, 0.0),
+        # truths of exactly 0 have no sign; their step counts
+        ([0.0, 0.0, -2.0], [0.4, -0.4, -2.0], 1.0, 1.0),
+        # halves go to the even step: 0.5 to 0, 1.5 and 2.5 to 2
+        ([0.5, -0.5, 1.5, 2.5, -2.5], [0.0, 0.0, 2.0, 2.0, -2.0], 4 / 5, 1.0),
+        ([0.0, 1.0, 3.0], [0.5, 0.51, 2.5], 1.0, 2 / 3),
+        # beyond the scale is at its end
+        ([3.0, -3.0, 3.0], [3.6, -3.6, 2.51], 1.0, 1.0),
+    ],
+)
+def test_signs_and_steps_by_hand(truth, prediction, acc2, acc7):
+    scores = regression_scores(truth, prediction)
+    assert (scores["acc2"], scores["acc7"]) == (pytest.approx(acc2), pytest.approx(acc7))
+
+
 def test_what_is_undefined_is_nan():
     scores = regression_scores([0.0, 0.0], [1.0, -1.0])
     assert np.isnan(scores["pearson"])

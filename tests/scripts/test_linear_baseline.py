@@ -25,6 +25,8 @@ def script() -> ModuleType:
         ([0.5, 0.84, 0.87, 0.9], 10_000, 3),
         ([0.9, 0.8], 64, 0),
         ([0.2, 1.0, 1.0], 64, 1),
+        ([0.2, 0.99, 1.0], 64, 1),  # of 64 right out of 64 the error is not 0, but 0.015
+        ([0.2, 0.98, 1.0], 64, 2),
     ],
 )
 def test_the_rule_of_one_standard_error_by_hand(script, accuracies, samples, expected):
