@@ -19,6 +19,9 @@ from parts that run alone: joint training, the classifiers forwards and backward
 recipe: on features that learn, and the fusion once more), for CGGM the derivative of g_F by both of its factors. Passes
 through encoders are counted, forwards + backwards; on a GPU, how often the host waits for it, too.
 
+Below a size's table: the parameters of its classifiers, and the time of ε, RegionDice's one count for all modalities
+over MONAI's DiceHelper, once a modality, on the same predictions of classes (regions would cost it more).
+
 With --growth a straight line through the modalities, the pixels and the voxels of a batch, and how far from it the
 points lie.
 """
@@ -45,6 +48,7 @@ import typer
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.engines import SupervisedTrainer
+from monai.metrics import DiceHelper
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -234,7 +238,41 @@ def bench(
         "done": {way: round(count["flops"] / counts["joint"]["flops"], 3) for way, count in counts.items()},
         "encoder_passes": {way: [count["forward"], count["backward"]] for way, count in counts.items()},
         "host_waits": waits,
+        "classifiers": parameters_of(size),
+        "epsilon_ms": epsilon_times(size, rounds, device),
     }
+
+
+def parameters_of(size: Size) -> dict[str, float]:
+    """Parameters of all classifiers together, and their size in float32."""
+    modalities = [f"m{i}" for i in range(size.modalities)]
+    layers: dict[str, Any] = {"decoder_channels": size.decoder_channels, "low_reduced": size.low_reduced}
+    with torch.device("meta"):  # nothing is computed, and the paper's network takes a gigabyte
+        network = MultimodalSegmenter(modalities, CLASSES, encoder=dict(size.encoder), **layers)
+        classifiers = UnimodalClassifiers.for_network(network, low_reduced=size.low_reduced)
+    count = sum(parameter.numel() for parameter in classifiers.parameters())
+    return {"parameters": count, "megabytes": round(4 * count / 1e6, 2)}
+
+
+def epsilon_times(size: Size, rounds: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of every modality's ε, medians of turns: one count for all, and MONAI's Dice once a modality."""
+    torch.manual_seed(0)
+    shape = (size.batch, CLASSES, *size.image)
+    predictions = [torch.randn(shape, device=device) for _ in range(size.modalities)]
+    label = torch.randint(0, CLASSES, (size.batch, 1, *size.image), device=device)
+    counting, helper = RegionDice(REGIONS, CLASSES), DiceHelper(include_background=False, num_classes=CLASSES)
+    ways: dict[str, Callable[[], object]] = {
+        "region_dice": lambda: counting.value(counting.sums(predictions, label)),
+        "dice_helper": lambda: [helper(prediction, label) for prediction in predictions],
+    }
+    now = clock_of(device.type)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds + 1):  # the first of each is not counted
+        for way, run in ways.items():
+            started = now()
+            run()
+            times[way].append((now() - started) * 1e3)
+    return {way: round(float(np.median(values[1:])), 2) for way, values in times.items()}
 
 
 def step(trainer: SupervisedTrainer, turn: int) -> None:
@@ -387,6 +425,11 @@ def show(name: str, result: Mapping[str, Any], clock: str) -> None:
             *([str(waits[way])] if waits else []),
         )
     Console().print(table)
+    own, epsilon = result["classifiers"], result["epsilon_ms"]
+    Console().print(
+        f"classifiers: {own['parameters']:,} parameters, {own['megabytes']:.1f} MB; "
+        f"ε: {epsilon['region_dice']:.1f} ms, by DiceHelper {epsilon['dice_helper']:.1f} ms"
+    )
 
 
 def show_lines(lines: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:

@@ -112,6 +112,24 @@ def test_only_steps_that_take_their_turn_are_timed_and_no_gradient_stays(script,
     assert set(held[: 2 * 4]) == {0}
 
 
+def test_classifiers_at_the_paper_s_size_are_as_small_as_the_docs_say(script, repository):
+    found = script.parameters_of(script.sizes_of_the_bundle(2)["paper"])
+    page = (repository / "docs/results.md").read_text(encoding="utf-8")
+    assert f"| all four classifiers | {found['parameters']:,} | {found['megabytes']:.1f} |" in page
+    assert found["megabytes"] < 8
+
+
+def test_both_ways_to_count_epsilon_are_timed(script, monkeypatch):
+    size = replace(script.sizes_of_the_bundle(2)["small"], image=(16, 16), batch=2, modalities=3)
+    called = []
+    sums, helper = script.RegionDice.sums, script.DiceHelper.__call__
+    monkeypatch.setattr(script.RegionDice, "sums", lambda *given: called.append("one count") or sums(*given))
+    monkeypatch.setattr(script.DiceHelper, "__call__", lambda *given: called.append("helper") or helper(*given))
+    times = script.epsilon_times(size, 2, torch.device("cpu"))
+    assert called == ["one count", *["helper"] * 3] * 3
+    assert set(times) == {"region_dice", "dice_helper"}
+
+
 def test_an_encoder_run_twice_more_raises_what_was_done_and_not_the_floor(script, monkeypatch):
     size = replace(
         script.sizes_of_the_bundle(2)["small"], image=(16, 16), batch=2, modalities=2,
