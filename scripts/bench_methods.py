@@ -6,8 +6,8 @@
     python scripts/bench_methods.py --arms joint,cggm,recipe --rounds 20 --json bench.json
     python scripts/bench_methods.py --device cuda
 
-Arms are those of a study (methods_brats_2mm), with its network and batch, and two more: `observe`, joint training with
-classifiers that only watch, and `ume`. A step is what happens between two batches: forward and backward passes, the
+Arms are those of a study (methods_brats_2mm), with its network and batch, and one more: `observe`, joint training with
+classifiers that only watch. A step is what happens between two batches: forward and backward passes, the
 method, clipping, the optimizer, the log. Times are CPU time of this process with one thread, and on a GPU wall-clock
 time once it has done its work; all arms take turns, an epoch each, so that whatever else the machine does meets them
 alike. The first turn does not count. Ratios are of means, because ReconBoost's steps are of two kinds, of which a
@@ -45,10 +45,7 @@ from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.files import atomic_path
 
 STUDY = "methods_brats_2mm"
-EXTRA = (
-    Arm("observe", "joint training, classifiers watch", ("configs/methods/observe.yaml",)),
-    Arm("ume", "UME", ("configs/methods/ume.yaml",)),
-)
+OBSERVE = Arm("observe", "joint training, classifiers watch", ("configs/methods/observe.yaml",))
 #: 8 of 12 phantoms are trained on, two batches of 4
 CASES, SIZES = 12, [8, 2, 2]
 
@@ -63,7 +60,7 @@ def main(
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     study = read_study(STUDY)
-    ways = {arm.name: arm for arm in (*study.arms.values(), *EXTRA) if not arm.name.startswith(ALONE)}
+    ways = {arm.name: arm for arm in (*study.arms.values(), OBSERVE) if not arm.name.startswith(ALONE)}
     chosen = list(ways) if arms is None else ["joint", *(a for a in arms.split(",") if a != "joint")]
     unknown = [name for name in chosen if name not in ways]
     if unknown:

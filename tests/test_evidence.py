@@ -165,6 +165,49 @@ def test_results_are_those_of_the_tables(study: str) -> None:
     assert len(shown) >= len(arms) + len(single)
 
 
+#: what stands before a difference from joint training in the text of a section -> study, arm and score
+SAID = {
+    "clear of zero: ": ("methods_brats_2mm", "recipe", "subsets"),
+    "UME is, too (": ("methods_brats_2mm", "ume", "without_key"),
+    "[3.3, 24.2]; the default ": ("methods_brats_2mm", "recipe", "without_key"),
+    "worst subset UME (": ("methods_brats_2mm", "ume", "worst"),
+    "and the ensemble (": ("methods_brats_2mm", "ensemble", "worst"),
+    "not shown to be (": ("methods_brats_2mm", "recipe", "worst"),
+    "below joint training on the full set (": ("methods_brats_2mm", "ume", "full"),
+    "[−60.8, −8.3] and ": ("methods_brats_2mm", "ensemble", "full"),
+    "all subsets UME (": ("methods_digits", "ume", "subsets"),
+    "QMF (": ("methods_digits", "qmf", "subsets"),
+    "MRD (": ("methods_digits", "mrd", "subsets"),
+    "the default (": ("methods_digits", "recipe", "subsets"),
+    "PMR (": ("methods_digits", "pmr", "subsets"),
+    "highest number (": ("methods_digits", "ensemble", "subsets"),
+    "Dropout (": ("digits", "dropout", "subsets"),
+    "and the default (": ("digits", "recipe", "subsets"),
+    "above both (": ("digits", "ensemble", "subsets"),
+}
+
+
+@pytest.mark.parametrize("before", SAID)
+def test_differences_in_the_results_are_those_of_the_tables(before: str) -> None:
+    study, arm, score = SAID[before]
+    row = table(study, "differences").set_index(["arm", "against", "score"]).loc[(arm, "joint", score)]
+    sign = "+" if row["difference"] > 0 else ""
+    shown = f"{sign}{row['difference']:.1f} [{row['low']:.1f}, {row['high']:.1f}]".replace("-", "−")
+    text = " ".join(results(RESULTS[study][0]).split()).replace(" points", "")
+    assert f"{before}{shown}" in text
+
+
+def test_the_costs_of_the_methods_are_those_of_the_file() -> None:
+    costs = json.loads((ROOT / "docs/evidence/costs/methods.json").read_text(encoding="utf-8"))["times_joint"]
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    shown = {row[1].strip("`"): row[5] for row in rows_of(page, "| method | overlay |")}
+    assert {name: cost for name, cost in shown.items() if cost != "–"} == {
+        name: f"{costs[name]:.2f}" for name in shown if name in costs
+    }
+    assert f"(`observe`) costs {costs['observe']:.2f} there" in " ".join(page.split())
+    assert f"the recipe costs {costs['recipe']:.2f}" in " ".join(page.split())
+
+
 def test_the_logistic_regressions_are_those_of_their_files() -> None:
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     mosi, digits = (

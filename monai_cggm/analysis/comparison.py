@@ -531,11 +531,11 @@ def _by_subset(scores: pd.DataFrame, score: str, modalities: Sequence[str]) -> p
 
 
 def _of_complete_cases(by_subset: pd.DataFrame) -> pd.DataFrame:
-    """Only NaN for a case that lacks a score from a subset that others of its cell have: it lacks a modality."""
+    """Only NaN for a case that lacks a score from a subset that its arm was scored from: it lacks a modality."""
     scored = by_subset.notna()
     if scored.empty:
         return by_subset
-    return by_subset.where((scored | ~scored.groupby(list(CELL)).transform("any")).all(axis=1))
+    return by_subset.where((scored | ~scored.groupby("arm").transform("any")).all(axis=1))
 
 
 def _subsets_table(

@@ -203,7 +203,10 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     title = "Modalities missing"
     subsets = comparison.subsets
     if subsets.empty:
-        return Section(title, ["No subset of the modalities was scored."])
+        fused = comparison.cells.scores[~comparison.cells.scores["arm"].str.startswith(ALONE)]
+        scored = fused.loc[fused["predictor"] == FUSION, "subset"].nunique() > 1
+        none = "No case has every modality: subsets are not compared, for each would have cases of its own."
+        return Section(title, [none if scored else "No subset of the modalities was scored."])
     labels = _group_labels(comparison.modalities, study.get("key_modality"))
     rows = [
         [
@@ -218,7 +221,7 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     caption = (
         f"Mean {score_title(score)} {measure_of(score).bounds} on the {_part(study)} cases over groups of subsets: "
         "mean ± sample standard deviation over seeds. The modalities outside of a subset count as missing."
-        f"{_incomplete(comparison)}"
+        f"{_incomplete(comparison, study)}"
     )
     tables = [Table(caption, ["arm", *labels.values(), "worst subset", "which"], rows)]
     if len(subsets_of(comparison.modalities)) > MOST_SUBSETS:
@@ -226,11 +229,13 @@ def _subsets_section(comparison: Comparison, study: Mapping[str, Any]) -> Sectio
     return Section(title, blocks=[*tables, subset_heat_map(comparison, study)])
 
 
-def _incomplete(comparison: Comparison) -> str:
+def _incomplete(comparison: Comparison, study: Mapping[str, Any]) -> str:
     """A sentence on the cases that lack a modality; "" where there are none."""
-    of_all = dict(zip(comparison.full_set["arm"], comparison.full_set["cases"], strict=True))
-    rows = zip(comparison.subsets["arm"], comparison.subsets["cases"], strict=True)
-    counts = {(cases, of_all[arm]) for arm, cases in rows if cases < of_all.get(arm, cases)}
+    rows = comparison.cells.scores
+    rows = rows[(rows["predictor"] == FUSION) & (rows["part"] == _part(study)) & rows[score_of(study)].notna()]
+    of_all = rows.drop_duplicates(["arm", "split", "case"]).groupby("arm").size()
+    pairs = zip(comparison.subsets["arm"], comparison.subsets["cases"], strict=True)
+    counts = {(cases, int(of_all[arm])) for arm, cases in pairs if cases < of_all[arm]}
     if not counts:
         return ""
     shown = ", ".join(f"{cases} of {total}" for cases, total in sorted(counts))

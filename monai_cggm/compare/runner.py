@@ -71,7 +71,7 @@ def run_study(
         cells, ensembles = study.cells(splits), study.ensembles(splits)
         _refuse_other_plans(cells + ensembles, study, folder)
         if any(not _is_done(cell, folder) for cell in cells):
-            _check_cases(splits, _cases(study, data), _alone(study))
+            _check_cases(splits, _cases(study, data), study)
         with atomic_path(folder / "study.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(study.described(), sort_keys=False), encoding="utf-8")
         run = _Runner(study, data, folder, _devices(jobs, threads), watch, launch or children.run, children.stop)
@@ -267,10 +267,11 @@ def _alone(study: Study) -> list[str]:
     return [modality for modality in study.modalities if f"{ALONE}{modality}" in study.arms]
 
 
-def _check_cases(splits: Sequence[Path], cases: Sequence[dict[str, Any]], alone: Sequence[str]) -> None:
+def _check_cases(splits: Sequence[Path], cases: Sequence[dict[str, Any]], study: Study) -> None:
     """Refuse a split that does not fit the data before any cell is trained on it."""
     from monai_cggm.data import split_cases
 
+    needed, alone = {"train", "validation", study.part}, _alone(study)
     problems = []
     for path in splits:
         split = split_cases(cases, split_file=path, ignore_missing=False)
@@ -279,7 +280,7 @@ def _check_cases(splits: Sequence[Path], cases: Sequence[dict[str, Any]], alone:
             f"{path}: no {part} case has {modality}, and {ALONE}{modality} is to be trained on it alone: expected one"
             for part, items in split.items()
             for modality in alone
-            if items and not any(modality in item for item in items)
+            if part in needed and items and not any(modality in item for item in items)
         ]
     if problems:
         raise DataError(problems)

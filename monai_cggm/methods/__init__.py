@@ -11,7 +11,7 @@ from monai_cggm.methods.distillation import Distillation, distillation_loss
 from monai_cggm.methods.dropout import ModalityDropout, mask_probabilities
 from monai_cggm.methods.g_blending import GBlending, blending_weights, measure_losses
 from monai_cggm.methods.greedy import Greedy, learning_speeds, slowest
-from monai_cggm.methods.late import UME, LateFusionMethod, LateStep
+from monai_cggm.methods.late import LateFusionMethod, LateStep
 from monai_cggm.methods.likelihood import ProbabilityOfTruth, true_class_probability
 from monai_cggm.methods.mslr import MSLR, progress_ratio
 from monai_cggm.methods.ogm_ge import OGMGE, discrepancy_ratios, ogm_coefficients
@@ -21,6 +21,7 @@ from monai_cggm.methods.reconboost import ReconBoost, agreement_loss, boosted_cr
 from monai_cggm.methods.relative import RelativeBalance, relative_terms
 from monai_cggm.methods.steering import Steering, controlled
 from monai_cggm.methods.teachers import ensure_teachers, later, load_teachers, network_builder
+from monai_cggm.methods.ume import UME
 from monai_cggm.methods.umt import UMT, feature_distance
 
 __all__ = [

@@ -53,10 +53,17 @@ def mask_probabilities(masks: Tensor, balance: Tensor | None = None, floor: floa
 
 
 class ModalityDropout:
-    """Give the network, in training, one of the 2^M − 1 subsets of modalities for each sample.
+    r"""Give the network, in training, one of the 2^M − 1 subsets of modalities for each sample.
+
+    As it is, with neither ``both`` nor a guide, it is MRD, the random modality dropout of the CGGM paper's tables:
+
+    .. math:: L = L(f(x, S), y), \qquad S \sim U(\{S \neq \varnothing\})
+
+    There is no canonical code under that name, and no constant; it is as in RFNet (Ding, Yu and Yang, *RFNet:
+    Region-aware Fusion Network for Incomplete Multi-modal Brain Tumor Segmentation*, ICCV 2021), for any task.
 
     The mask goes into the batch under ``fused``, from where :func:`monai_cggm.batches.prepare_batch` hands it to the
-    network's ``present``: features are zeroed at the fusion, after the encoders (RFNet, ICCV 2021). So every encoder
+    network's ``present``: features are zeroed at the fusion, after the encoders. So every encoder
     sees its modality, and so does its unimodal classifier. Of a case that lacks a modality only subsets of what is
     there are drawn. The draws depend on seed, process and iteration alone: a resumed run draws what an uninterrupted
     one would.

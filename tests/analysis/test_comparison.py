@@ -14,6 +14,7 @@ import pytest
 
 from monai_cggm.analysis.cells import CellKey, read_cells
 from monai_cggm.analysis.comparison import Comparison, compare, outcome, subset_groups, subsets_of, verdicts
+from monai_cggm.analysis.comparison_report import write_report
 from monai_cggm.errors import DataError
 from tests.analysis.fake_cells import MODALITIES, facts, sample_cell, score_row, scored_cell, write_cell
 
@@ -347,9 +348,12 @@ def test_scores_left_out_by_a_convention(tmp_path: Path) -> None:
         for row in rows[3:]:
             row |= {"dice_WT": "", "dice_mean": ""}
         write_cell(tmp_path, facts(arm, "a", 0, modalities=["flair", "t1ce"], convention="monai"), rows)
-    comparison = compare(read_cells(tmp_path), a_study(convention="monai"))
+    study = a_study(convention="monai")
+    comparison = compare(read_cells(tmp_path), study)
     assert row_of(comparison.full_set, arm="recipe")["dice_mean"] == pytest.approx(0.6)
     assert row_of(comparison.differences, score="subsets")["cases"] == 1
+    write_report(tmp_path, study)
+    assert "with every modality count" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_subsets_are_those_of_complete_cases(tmp_path: Path) -> None:
@@ -374,6 +378,41 @@ def test_subsets_are_those_of_complete_cases(tmp_path: Path) -> None:
     for score, cases, difference in (("full", 3, 20 / 3), ("subsets", 2, 10), ("worst", 2, 10), ("without_key", 2, 10)):
         found = row_of(comparison.differences, arm="recipe", score=score)
         assert (found["cases"], found["difference"]) == (cases, pytest.approx(difference)), score
+
+
+def gappy(folder: Path, splits: dict[str, list[str]]) -> dict[str, Any]:
+    """Cells of a split's cases, one for each modality in it that this case lacks; "" lacks none."""
+    for split, lacking in splits.items():
+        rows = []
+        for number, lost in enumerate(lacking):
+            of_case = [s for s in subsets_of(MODALITIES)[1:] if lost not in s.split("+")]
+            rows += [
+                score_row(f"{split}{number}", "fusion", subset, {"WT": DICE[subset]})
+                for subset in ("+".join(MODALITIES), *of_case)
+            ]
+        write_cell(folder, facts("joint", split, 0), rows)
+    return a_study(seeds=[0], splits=[f"{split}.json" for split in splits])
+
+
+def test_without_a_complete_case_no_subset_is_compared(tmp_path: Path) -> None:
+    study = gappy(tmp_path, {"a": ["flair", "t1ce", "t2"]})
+    comparison = compare(read_cells(tmp_path), study)
+    assert comparison.subsets.empty
+    assert row_of(comparison.full_set, arm="joint")["dice_mean"] == pytest.approx(0.7)
+    write_report(tmp_path, study)
+    assert "No case has every modality: subsets are not compared" in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_a_split_without_a_modality_leaves_no_mean_over_other_cases(tmp_path: Path) -> None:
+    """All columns are of the same cases, or none is."""
+    study = gappy(tmp_path, {"a": ["", "", ""], "b": ["t2", "t2"]})
+    comparison = compare(read_cells(tmp_path), study)
+    joint = row_of(comparison.subsets, arm="joint")
+    assert joint["cases"] == 3
+    assert math.isnan(joint["subsets"])
+    assert math.isnan(joint["without_key"])
+    for subset, dice in DICE.items():
+        assert joint[subset] == pytest.approx(dice), subset
 
 
 @pytest.mark.parametrize(

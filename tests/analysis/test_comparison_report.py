@@ -182,7 +182,7 @@ def test_complete_cases_of_the_subsets_are_counted(tmp_path: Path, report: Path)
         kept = [r for r in rows if r.split(",")[0] != one or r.split(",")[3] not in lost]
         table.write_text("\n".join(kept) + "\n", encoding="utf-8")
     write_report(tmp_path, a_study())
-    assert "Only cases with every modality count here, 4 of 6; the full set" in texts(tmp_path)[1]
+    assert "Only cases with every modality count here, 2 of 3, 4 of 6; the full set" in texts(tmp_path)[1]
 
 
 def test_texts_of_files_are_escaped(report: Path) -> None:

@@ -28,9 +28,12 @@ WORDS = {
 }  # fmt: skip
 #: parts that go with a method, and so are tried with one
 AFTER = {"parts/guided_dropout.yaml": "relative", "parts/balanced_auxiliary.yaml": "relative"}
-#: of each build of network, loss and part one: all others were tried once, and nothing in them knows of dimensions
+#: of each build of network, loss and part one, and methods that look at a voxel or at weights
 OVERLAYS = [
-    *(f"methods/{name}.yaml" for name in ("cggm", "qmf", "reconboost", "segresnet", "umt")),
+    *(
+        f"methods/{name}.yaml"
+        for name in ("agm", "cggm", "ogm_ge", "pmr", "qmf", "reconboost", "segresnet", "ume", "umt")
+    ),
     *(f"parts/{name}.yaml" for name in ("distillation", "dropout", "regions")),
 ]
 
