@@ -208,6 +208,49 @@ def test_the_costs_of_the_methods_are_those_of_the_file() -> None:
     assert f"the recipe costs {costs['recipe']:.2f}" in " ".join(page.split())
 
 
+def collected(study: str, arm: str, score: str) -> str:
+    scores = pd.read_csv(ROOT / "docs/evidence" / study / "full_set_scores.csv").query("arm == @arm")[score]
+    return f"{scores.mean():.3f} ± {scores.std(ddof=1):.3f}"
+
+
+#: arm -> how its row of the generated sentiment begins
+SENTIMENT = {
+    "joint": "joint training", "recipe": "the default", "cggm": "CGGM, as in", "cggm_constant": "the same, the mean",
+    "cggm_shuffled": "the same, another", "ensemble": "each modality alone", "alone_text": "text",
+    "alone_audio": "audio", "alone_vision": "vision",
+}  # fmt: skip
+
+
+def test_the_scores_of_generated_sentiment_are_those_of_the_tables() -> None:
+    shown = rows_of(results("Generated sentiment"), "| training | MAE |")
+    full, alone, subsets = (
+        table("sentiment_phantom", name).set_index("arm") for name in ("full_set", "alone", "subsets")
+    )
+    errors = pd.concat([full, alone])
+    assert len(shown) == len(SENTIMENT)
+    for row, (arm, label) in zip(shown, SENTIMENT.items(), strict=True):
+        assert row[0].startswith(label), arm
+        mean, sd = errors.loc[arm, ["absolute_error", "absolute_error_sd"]]
+        assert row[1] == f"{mean:.3f} ± {sd:.3f}" == collected("sentiment_phantom", arm, "mae"), arm
+        assert row[2:5] == [collected("sentiment_phantom", arm, s) for s in ("acc7", "pearson", "acc2")], arm
+        if arm in subsets.index:
+            assert row[5] == f"{subsets.loc[arm, 'subsets']:.3f} ± {subsets.loc[arm, 'subsets_sd']:.3f}", arm
+
+
+def test_f1_on_mosi_is_that_of_its_file() -> None:
+    text = " ".join(results("CMU-MOSI, utterance level").split())
+    said = text[text.index("F1, weighted by class") :].split(" - ")[0]
+    for words, arm in {
+        "joint training ": "joint", "the default ": "recipe", "CGGM ": "cggm", "its controls ": "cggm_constant",
+        f"{collected('mosi', 'cggm_constant', 'f1')} and ": "cggm_shuffled", "text alone ": "alone_text",
+    }.items():  # fmt: skip
+        assert words + collected("mosi", arm, "f1") in said, arm
+    full, alone = (table("mosi", name).set_index("arm") for name in ("full_set", "alone"))
+    for arm, row in pd.concat([full, alone]).iterrows():
+        expected = f"{row['accuracy']:.3f} ± {row['accuracy_sd']:.3f}"
+        assert collected("mosi", str(arm), "accuracy") == expected
+
+
 def test_the_logistic_regressions_are_those_of_their_files() -> None:
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     mosi, digits = (
@@ -215,6 +258,12 @@ def test_the_logistic_regressions_are_those_of_their_files() -> None:
         for study in ("mosi", "digits")
     )
     assert f"(evidence/mosi/linear.json), all | {mosi['all']['test']:.3f} |" in page
+    weaker = next(row for row in mosi["all"]["every"] if row["C"] == 0.01)
+    said = f"C = 0.01 would have {weaker['test']:.3f} on the test part, and {weaker['test_refitted']:.3f} fitted"
+    assert said in " ".join(page.split())
+    joint = table("mosi", "full_set").set_index("arm").loc["joint", "accuracy"]
+    below = [f"{row - joint:.3f}" for row in (mosi["all"]["test"], weaker["test"], weaker["test_refitted"])]
+    assert below == ["0.011", "0.018", "0.017"]
     apart = " / ".join(f"{mosi[name]['test']:.3f}" for name in ("text", "audio", "video"))
     assert f"| logistic regression, text / audio / video | {apart} |" in page
     assert f"regression on the same samples has {digits['all']['test']:.3f} (" in page

@@ -191,6 +191,7 @@ def load_features(
     if need_label and labels is None:
         raise DataError([f"{source} has no labels, expected a file or an array called {', '.join(LABELS[:4])}"])
     features = {name: _matrix(tables[name], None if labels is None else labels.values.size) for name in names}
+    _check_lengths(tables)
     beside = {name + LENGTHS: tables[name + LENGTHS] for name in names if name + LENGTHS in tables}
     special = {"label": labels} | {n: _special(tables, kind) for n, kind in (("group", GROUPS), ("split", SPLITS))}
     beside |= {name: table for name, table in special.items() if table is not None}
@@ -296,6 +297,8 @@ def split_features(
     if split_file is not None or not own or source == "draw" or (source is None and sizes is not None):
         return split_cases(samples, sizes=sizes, fractions=fractions, seed=seed, split_file=split_file)
     split: Split = {part: [s for s in samples if s["part"] == part] for part in ("train", "validation", "test")}
+    if not split["train"]:
+        raise DataError(["the split that comes with the data has no training part; --split_source draw makes another"])
     if not split["validation"] and split["train"]:
         tested = {s["patient"] for s in split["test"] if "parted" in s}
         free = [s for s in split["train"] if s.get("patient") not in tested]
@@ -531,6 +534,18 @@ class PresenceBatches(Sampler[list[int]]):
 # ---------------------------------------------------------------------- what load_features is made of
 
 
+def _check_lengths(tables: Mapping[str, Table]) -> None:
+    """Refuse lengths of no modality, whose padding would be read as numbers."""
+    problems = [
+        f"{name}: lengths of no modality, expected one of {', '.join(n for n in tables if not is_special(n))} "
+        f"({table.where})"
+        for name, table in tables.items()
+        if name.endswith(LENGTHS) and name.removesuffix(LENGTHS) not in tables
+    ]
+    if problems:
+        raise DataError(problems)
+
+
 def _special(tables: Mapping[str, Table], names: Sequence[str]) -> Table | None:
     return next((table for name, table in tables.items() if name.lower() in names), None)
 
@@ -762,7 +777,9 @@ def _labels(
     numbers = _as_numbers(values)
     if task == "regression":
         if numbers is None:
-            refuse(np.array([_as_numbers(value) is None for value in values]), "a number")
+            refuse(
+                np.array([_as_numbers(value) is None for value in values]), "a number; words need --task classification"
+            )
             return [], ()
         refuse(~np.isfinite(numbers), "a finite number")
         if limits is not None:

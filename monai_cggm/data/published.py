@@ -347,11 +347,12 @@ def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
 
 def _whole(given: Any, size: int, what: str, path: Path) -> np.ndarray:
     values = np.asarray(given).ravel()
-    if values.dtype.kind not in "iuf" or len(values) != size or (values != np.round(values)).any():
+    if values.dtype.kind not in "iuf" or len(values) != size:
         raise DataError([f"{what}: hold {_described(given)}, expected {size} whole numbers ({path})"])
-    if (values < 0).any():
-        row = int((values < 0).argmax())
-        raise DataError([f"{what}: {values[row]:g} in row {row + 1}, expected a length from 0 ({path})"])
+    wrong = ~np.isfinite(values) | (values != np.round(values)) | (values < 0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError([f"{what}: {values[row]:g} in row {row + 1}, expected a whole number from 0 ({path})"])
     return values.astype(int)
 
 
@@ -476,7 +477,13 @@ def _dialogues(content: Sequence[Any], path: Path) -> dict[str, Table]:
     }
     values["audio"], counts = _without_infinity(values["audio"])
     _tell_replaced("audio", counts, path)
-    tables = {name: Table(array, f"{path}, {name}") for name, array in values.items()}
+    counts_of = [(len(what["IDs"][dialogue]), dialogue) for _, dialogue in order]
+    tables = {
+        name: Table(
+            array, f"{path}, {name}", pieces=tuple((n, f"{path}, {name} of dialogue {d}") for n, d in counts_of)
+        )
+        for name, array in values.items()
+    }
     ids = [_word(case) for _, dialogue in order for case in what["IDs"][dialogue]]
     groups = [str(dialogue) for _, dialogue in order for _ in what["IDs"][dialogue]]
     numbers = [label for _, dialogue in order for label in what["labels"][dialogue]]

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import csv
+import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 from monai_cggm.data.published import is_mosi, read_mosi, read_published
 from monai_cggm.data.rows import Table
 from monai_cggm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".npz", ".npy", ".csv", ".mat")
 #: of published feature files
@@ -78,6 +82,9 @@ def read_tables(source: str | Path) -> dict[str, Table]:
 def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[str, ...] | None]:
     """Put the parts of each array together: ``x_train`` and ``x_test`` become ``x``, without copying modalities.
 
+    IDs, groups and lengths may have one array for all parts, in the order training, validation, test. Other arrays
+    without a part are left out, and the log names them, unless they have as many rows as the samples or a part.
+
     Args:
         tables: name → table.
 
@@ -85,8 +92,9 @@ def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[s
         Tables, and the part (``train``, ``validation`` or ``test``) of each row; None where no name ends in a part.
 
     Raises:
-        DataError: where an array lacks a part that another one has, a part is empty, or parts differ in the size of a
-            row, or in whether they hold numbers.
+        DataError: where an array lacks a part that another one has, a part is empty, parts differ in the size of a
+            row, in whether they hold numbers, or in their IDs from those of another array, or where an array seems to
+            be one of the samples and belongs to no part.
 
     Example:
         >>> tables = {f"x_{part}": Table(np.zeros((n, 2)), "file") for part, n in (("train", 2), ("test", 1))}
@@ -95,12 +103,15 @@ def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[s
         (3, ('train', 'train', 'test'))
     """
     found: dict[str, dict[str, Table]] = {}
+    whole: dict[str, Table] = {}
     for name, table in tables.items():
-        ending = next((e for e in PARTS if name.lower().endswith(e) and len(name) > len(e)), None)
-        if ending is not None:
-            found.setdefault(name[: -len(ending)], {})[PARTS[ending]] = table
+        base, ending = without_part(name)
+        if ending:
+            found.setdefault(base, {})[PARTS[ending.lower()]] = table
+        else:
+            whole[name] = table
     if not found:
-        return dict(tables), None
+        return whole, None
     order = [part for part in ORDER if any(part in parts for parts in found.values())]
     problems = [
         f"{name}: there is no {part} part of it, as there is of others ({next(iter(parts.values())).where})"
@@ -117,9 +128,24 @@ def joined_parts(tables: Mapping[str, Table]) -> tuple[dict[str, Table], tuple[s
     if problems:
         raise DataError(problems)
     rows = _part_sizes(found)
-    return {name: _joined(name, parts, rows) for name, parts in found.items()}, tuple(
-        part for part in order for _ in range(rows[part])
-    )
+    joined = {name: _joined(name, parts, rows) for name, parts in found.items()}
+    _check_part_ids(joined, list(rows))
+    return {**joined, **_of_all_parts(whole, rows)}, tuple(part for part in order for _ in range(rows[part]))
+
+
+def without_part(name: str) -> tuple[str, str]:
+    """Return a name without the ending that says a part, and that ending, or "".
+
+    Example:
+        >>> without_part("x_train"), without_part("x_test_lengths"), without_part("x")
+        (('x', '_train'), ('x_lengths', '_test'), ('x', ''))
+    """
+    tail = LENGTHS if name.endswith(LENGTHS) else ""
+    stem = name.removesuffix(tail)
+    ending = next((e for e in PARTS if stem.lower().endswith(e) and len(stem) > len(e)), "")
+    if not ending:
+        return name, ""
+    return stem[: -len(ending)] + tail, stem[-len(ending) :]
 
 
 def turned(table: Table, rows: int | None) -> Table:
@@ -143,6 +169,48 @@ def is_special(name: str) -> bool:
         (True, True, False)
     """
     return name.lower() in (*LABELS, *GROUPS, *SPLITS, *IDS) or name.endswith(LENGTHS)
+
+
+def _of_all_parts(whole: Mapping[str, Table], rows: Mapping[str, int]) -> dict[str, Table]:
+    """Arrays that belong to no part: those of all samples, beside the modalities, in the order of the parts."""
+    total, sizes = sum(rows.values()), ", ".join(f"{part} {size}" for part, size in rows.items())
+    kept, problems, unused = {}, [], []
+    for name, table in whole.items():
+        beside = name.lower() in (*GROUPS, *IDS) or name.endswith(LENGTHS)
+        size = table.values.size if beside else len(table)
+        if beside and size == total:
+            kept[name] = table
+        elif beside or size in (total, *rows.values()):
+            expected = f"one of them all ({total})" if beside else f"{name}_train and so on, as others have"
+            problems.append(f"{name}: {size} rows and no part ({sizes}), expected {expected} ({table.where})")
+        else:
+            unused.append(name)
+    if problems:
+        raise DataError(problems)
+    if unused:
+        logger.info("not used, as they belong to no part: %s", ", ".join(unused))
+    return kept
+
+
+def _check_part_ids(tables: Mapping[str, Table], parts: Sequence[str]) -> None:
+    """Refuse an ID that is in another part in one array than in another."""
+    named = {name: table for name, table in tables.items() if table.ids is not None}
+    first = next(iter(named), "")
+    problems = []
+    for name, table in named.items():
+        for part, mine, theirs in zip(parts, _ids_by_part(table), _ids_by_part(named[first]), strict=True):
+            odd = sorted(set(mine) - set(theirs))
+            if odd:
+                problems.append(
+                    f"{name}: {odd[0]!r} is in the {part} part, where {first} does not have it ({table.where})"
+                )
+    if problems:
+        raise DataError(problems)
+
+
+def _ids_by_part(table: Table) -> list[tuple[str, ...]]:
+    ids, starts = table.ids or (), np.cumsum([0, *(size for size, _ in table.pieces)])
+    return [ids[start:stop] for start, stop in pairwise(starts)]
 
 
 def _part_sizes(found: Mapping[str, Mapping[str, Table]]) -> dict[str, int]:
@@ -206,15 +274,22 @@ def _in_folder(folder: Path) -> dict[str, Table]:
 
 def _of_one_name(arrays: dict[str, Table], path: Path) -> dict[str, Table]:
     """The array that a file is named after, and what belongs to it."""
-    beside = {key.lower(): table for key, table in arrays.items() if key.lower() in (*IDS, *GROUPS, *SPLITS, "lengths")}
-    own = {key: table for key, table in arrays.items() if key.lower() not in beside}
+    kinds = (*IDS, *GROUPS, *SPLITS, "lengths")
+    beside = {
+        key.lower(): table
+        for key, table in arrays.items()
+        if key != path.stem and without_part(key.lower())[0] in kinds
+    }
+    own = {key: table for key, table in arrays.items() if key.lower() not in beside or key == path.stem}
     main = own.get(path.stem) or (next(iter(own.values())) if len(own) == 1 else None)
     if main is None:
         raise DataError([f"{path.stem}: expected one array, or one of that name, found {sorted(own)} ({path})"])
     ids = next((table for key, table in beside.items() if key in IDS), None)
     if ids is not None:
         main = replace(main, ids=_words(ids.values))
-    others = {key: replace(table, ids=main.ids) for key, table in beside.items() if key in (*GROUPS, *SPLITS)}
+    others = {
+        key: replace(table, ids=main.ids) for key, table in beside.items() if without_part(key)[0] in (*GROUPS, *SPLITS)
+    }
     if "lengths" in beside:
         others[path.stem + LENGTHS] = replace(beside["lengths"], ids=main.ids)
     return {path.stem: main, **others}
@@ -275,7 +350,9 @@ def _read_csv(path: Path) -> dict[str, Table]:
         lines = [line for line in csv.reader(file) if line]
     if not lines:
         raise DataError([f"{path.stem}: the file is empty ({path})"])
-    words = path.stem.lower() in (*LABELS, *GROUPS, *SPLITS, *IDS)
+    stem, ending = without_part(path.stem.lower())
+    kind = next((names for names in (LABELS, GROUPS, SPLITS, IDS) if stem in names), ())
+    words = bool(kind)
     header = _header(lines[0], words)
     names = [name.strip() for name in lines[0]] if header else [str(i) for i in range(len(lines[0]))]
     rows = lines[1:] if header else lines
@@ -284,15 +361,16 @@ def _read_csv(path: Path) -> dict[str, Table]:
         found = len(rows[ragged - 1])
         raise DataError([f"{path.stem}: row {ragged} has {found} cells, expected {len(names)} ({path})"])
     columns = {name: [row[i].strip() for row in rows] for i, name in enumerate(names)}
-    ids = next((tuple(columns.pop(name)) for name in names if header and name.lower() in IDS), None)
+    given = [name for name in names if header and name.lower() in IDS and kind != IDS]
+    ids = tuple(columns.pop(given[0])) if given else None
     if not words:
         return {path.stem: Table(_numbers(columns, path), str(path), ids)}
-    special = {name for name in columns if header and name.lower() in (*GROUPS, *SPLITS)}
+    special = {name for name in columns if header and name.lower() in (*GROUPS, *SPLITS) and name.lower() not in kind}
     own = [name for name in columns if name not in special]
-    if len(own) != 1 and not (special and not own and path.stem in special):
+    if len(own) != 1:
         raise DataError([f"{path.stem}: expected one column of values, found {own} ({path})"])
-    tables = {name.lower(): Table(np.array(columns[name]), f"{path}, {name}", ids) for name in special}
-    return {**tables, **({path.stem: Table(np.array(columns[own[0]]), str(path), ids)} if own else {})}
+    tables = {name.lower() + ending: Table(np.array(columns[name]), f"{path}, {name}", ids) for name in special}
+    return {**tables, path.stem: Table(np.array(columns[own[0]]), str(path), ids)}
 
 
 def _header(cells: Sequence[str], words: bool) -> bool:

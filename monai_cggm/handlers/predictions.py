@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,8 @@ class PredictionScores(Metric):
         for name in sorted(predictions, key=lambda predictor: predictor != FUSION):
             values = decided(predictions[name], bool(self.classes))
             for case, true, value in zip(cases, truth, values, strict=True):
-                if value != value:
-                    raise CaseError(case, f"{name}: the prediction is not a number")
+                if not math.isfinite(value):
+                    raise CaseError(case, f"{name}: the prediction is not a number, or infinite")
                 self._rows.append({"case": case, "predictor": name, "truth": true, "prediction": value})
 
     def compute(self) -> float:

@@ -477,6 +477,105 @@ def test_a_bad_row_is_the_one_of_its_own_file(tmp_path):
     assert written["id"][4] == "s3"
 
 
+TRAIN, TEST = slice(0, 5), slice(5, 8)
+
+
+def parts_of(**arrays):
+    return {f"{name}_{part}": value[rows] for name, value in arrays.items() for part, rows in
+            (("train", TRAIN), ("test", TEST))}  # fmt: skip
+
+
+def test_what_belongs_to_all_parts_goes_with_them(tmp_path):
+    """Groups, IDs and lengths of all samples beside arrays with parts, and lengths with a part in either order."""
+    text = RNG.normal(size=(8, 6, 2)).astype(np.float32)
+    lengths = np.array([6, 1, 3, 2, 6, 4, 5, 2])
+    groups, ids = np.array(list("ppqqrsst")), np.array([f"s{i}" for i in range(8)])
+    beside = {"groups": groups, "ids": ids}
+    ways = {
+        "whole": {"text_lengths": lengths},
+        "ending": parts_of(text_lengths=lengths),
+        "inside": {f"text_{part}_lengths": lengths[rows] for part, rows in (("train", TRAIN), ("test", TEST))},
+    }
+    for name, given in ways.items():
+        np.savez(tmp_path / f"{name}.npz", **parts_of(a=A, text=text, y=LABELS), **beside, **given)
+        samples = load_features(tmp_path / f"{name}.npz")
+        assert [len(s["text"]) for s in samples] == lengths.tolist(), name
+        assert "".join(s["patient"] for s in samples) == "ppqqrsst", name
+        assert [s["case"] for s in samples] == ids.tolist(), name
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for part, rows in (("train", TRAIN), ("test", TEST)):
+        np.savez(folder / f"text_{part}.npz", text=text[rows], lengths=lengths[rows])
+        table = pd.DataFrame({"label": np.array(["no", "yes"])[LABELS[rows] % 2], "group": groups[rows]})
+        table.to_csv(folder / f"labels_{part}.csv", index=False)
+    samples = load_features(folder)
+    assert [len(s["text"]) for s in samples] == lengths.tolist()
+    assert "".join(s["patient"] for s in samples) == "ppqqrsst"
+    assert samples.description.classes == ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"groups": np.arange(7)}, "groups: 7 rows and no part (train 5, test 3), expected one of them all (8)"),
+        ({"b": B}, "b: 8 rows and no part (train 5, test 3), expected b_train and so on"),
+        ({"b": B[:3]}, "b: 3 rows and no part"),
+        ({"text_lengths": np.ones(8)}, "text_lengths: lengths of no modality, expected one of a"),
+    ],
+)
+def test_an_array_that_seems_to_belong_to_the_samples_is_not_left_out(more, message, tmp_path):
+    np.savez(tmp_path / "all.npz", **parts_of(a=A, y=LABELS), **more)
+    (problem,) = problems(tmp_path / "all.npz")
+    assert problem.startswith(message)
+
+
+def test_other_arrays_beside_parts_are_named_in_the_log(tmp_path, caplog):
+    np.savez(tmp_path / "all.npz", **parts_of(a=A, y=LABELS), names=np.array(["width", "height"]))
+    with caplog.at_level(logging.INFO):
+        assert load_features(tmp_path / "all.npz").description.modalities == ("a",)
+    assert "not used, as they belong to no part: names" in caplog.text
+
+
+def test_ids_that_change_parts_between_modalities_are_named(tmp_path):
+    ids = [f"s{i}" for i in range(8)]
+    mixed = [*ids[:4], "s7", "s5", "s6", "s4"]
+    for name, values, of in (("a", A, ids), ("b", B, mixed)):
+        for part, rows in (("train", TRAIN), ("test", TEST)):
+            pd.DataFrame(values[rows], index=pd.Index(of[rows], name="id")).to_csv(tmp_path / f"{name}_{part}.csv")
+    for part, rows in (("train", TRAIN), ("test", TEST)):
+        pd.DataFrame({"id": ids[rows], "y": LABELS[rows]}).to_csv(tmp_path / f"y_{part}.csv", index=False)
+    first, second = problems(tmp_path)
+    assert first.startswith("b: 's7' is in the train part, where a does not have it")
+    assert second.startswith("b: 's4' is in the test part, where a does not have it")
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("ending", ["csv", "npy"])
+def test_groups_ids_and_splits_in_files_of_their_own(header, ending, tmp_path):
+    words = {"groups": list("ppqqrsst"), "ids": [f"s{i}" for i in range(8)], "split": ["train"] * 6 + ["test"] * 2}
+    write(tmp_path, "a", A, "csv")
+    np.save(tmp_path / "labels.npy", LABELS)
+    for name, values in words.items():
+        if ending == "npy":
+            np.save(tmp_path / f"{name}.npy", np.array(values))
+        else:
+            lines = [name.removesuffix("s")] * header + values
+            (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    samples = load_features(tmp_path)
+    assert "".join(s["patient"] for s in samples) == "ppqqrsst"
+    assert [s["case"] for s in samples] == words["ids"]
+    assert [s["part"] for s in samples] == words["split"]
+
+
+def test_a_split_without_a_training_part_is_named(tmp_path):
+    write(tmp_path, "a", A, "csv")
+    pd.DataFrame({"label": LABELS, "split": ["validation"] * 4 + ["test"] * 4}).to_csv(
+        tmp_path / "labels.csv", index=False
+    )
+    with pytest.raises(DataError, match="has no training part"):
+        split_features(load_features(tmp_path))
+
+
 def test_labels_beyond_the_scale_are_refused(tmp_path):
     values = np.array([-3.0, 3.0, 0.0, 1.0, 2.0, 3.001, 0.0, 0.0])
     np.savez(tmp_path / "all.npz", a=A, labels=values)

@@ -495,7 +495,7 @@ def test_a_validation_part_cannot_be_drawn_where_every_video_is_tested(rng, tmp_
         ),
         (
             lambda c: c["train"].update(audio_lengths=[1.5] * 6),
-            "audio_lengths of the train part: hold list of 6, expected",
+            "audio_lengths of the train part: 1.5 in row 1, expected a whole number from 0",
         ),
         (
             lambda c: c["train"].update(audio_lengths=[9] + [1] * 5),
@@ -503,7 +503,15 @@ def test_a_validation_part_cannot_be_drawn_where_every_video_is_tested(rng, tmp_
         ),
         (
             lambda c: c["test"].update(audio_lengths=[1, -2, 1]),
-            "audio_lengths of the test part: -2 in row 2, expected a length from 0",
+            "audio_lengths of the test part: -2 in row 2, expected a whole number from 0",
+        ),
+        (
+            lambda c: c["train"].update(audio_lengths=[5, 3, np.inf, 3, 3, 3]),
+            "audio_lengths of the train part: inf in row 3, expected a whole number from 0",
+        ),
+        (
+            lambda c: c["train"].update(audio_lengths=[5, 3, np.nan, 3, 3, 3]),
+            "audio_lengths of the train part: nan in row 3, expected a whole number from 0",
         ),
         (
             lambda c: [e.pop(n) for e in c.values() for n in DIMENSIONS],
@@ -631,7 +639,8 @@ def test_dialogues_with_values_that_are_no_numbers(place, name, value, rng, tmp_
     content[place]["b"][3][0] = value
     path = written(tmp_path, tuple(content))
     (problem,) = problems(path)
-    where = f"row 6 (b_F003) ({path}, {name})"  # as it lies in the file, with those that are skipped
+    # as it lies in its dialogue, with those that are skipped
+    where = f"row 4 (b_F003) ({path}, {name} of dialogue b)"
     assert problem == f"modality {name}: 1 rows with NaN, infinite or no values, the first is {where}"
 
 

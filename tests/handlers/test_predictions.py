@@ -89,6 +89,10 @@ def test_what_cannot_be_scored_is_refused():
     data[0]["pred"]["audio"][1] = float("nan")
     with pytest.raises(CaseError, match="case s09: audio: the prediction is not a number"):
         evaluate(data)
+    endless = batches("regression")
+    endless[0]["pred"]["audio"][1] = float("inf")
+    with pytest.raises(CaseError, match="case s09: audio: the prediction is not a number, or infinite"):
+        evaluate(endless, classes=[])
     mixed = [{**data[1], "present": torch.tensor([[True, False]] + [[True, True]] * 3)}]
     with pytest.raises(ValueError, match="PresenceBatches"):
         evaluate(mixed)

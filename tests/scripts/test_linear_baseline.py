@@ -55,4 +55,10 @@ def test_it_is_a_logistic_regression_on_the_split_s_own_parts(script, tmp_path):
         assert rows[name]["validation"] == pytest.approx((model.predict(x[70:95]) == label[70:95]).mean())
         assert rows[name]["test"] == pytest.approx((model.predict(x[95:]) == label[95:]).mean())
         assert f"{rows[name]['test']:.3f}" in result.output
+        chosen = {key: value for key, value in rows[name].items() if key != "every"}
+        assert [row["C"] for row in rows[name]["every"]] == list(script.STRENGTHS)
+        assert chosen in rows[name]["every"]
+    x = (a - a[:95].mean(axis=0)) / a[:95].std(axis=0)
+    model = LogisticRegression(C=rows["a"]["C"], max_iter=5000).fit(x[:95], label[:95])
+    assert rows["a"]["test_refitted"] == pytest.approx((model.predict(x[95:]) == label[95:]).mean())
     assert rows["a"]["test"] > rows["b"]["test"]
