@@ -10,9 +10,10 @@ from torch import nn
 
 from monai_cggm.handlers import ClipGradients
 from monai_cggm.methods import AuxiliaryLosses, ModalityDropout
-from monai_cggm.methods.late import UME, classes_of
+from monai_cggm.methods.late import classes_of
 from monai_cggm.methods.qmf import QMF
 from monai_cggm.methods.reconboost import ReconBoost
+from monai_cggm.methods.ume import UME
 from tests.methods import late_toy, toy
 from tests.methods.late_toy import ABSENT, LOSSES, TASKS, batches, metric_of, network_of, trainer
 

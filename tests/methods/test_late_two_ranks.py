@@ -12,9 +12,9 @@ from ignite.engine import Events
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_cggm.losses import DiceCrossEntropyLoss
-from monai_cggm.methods.late import UME
 from monai_cggm.methods.qmf import QMF
 from monai_cggm.methods.reconboost import ReconBoost
+from monai_cggm.methods.ume import UME
 from tests.methods import late_toy, toy
 
 STEPS, EPOCHS = 2, 5
