@@ -49,6 +49,10 @@ def norm_spec(norm: NormName, channels: int) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"norm must be 'batch', 'instance' or 'group', got {norm!r}")
 
 
+#: in place: what goes into it is read by nobody else, and a copy costs memory and time
+RELU = ("relu", {"inplace": True})
+
+
 def conv_norm_relu(
     spatial_dims: int,
     in_channels: int,
@@ -67,7 +71,7 @@ def conv_norm_relu(
         dilation=dilation,
         bias=False,
         norm=norm_spec(norm, out_channels),
-        act="relu",
+        act=RELU,
     )
 
 
@@ -158,7 +162,7 @@ class ASPP(nn.Module):
             self.branches.append(
                 conv_norm_relu(spatial_dims, in_channels, out_channels, kernel_size=3, dilation=rate, norm=norm)
             )
-        self.pooled = Convolution(spatial_dims, in_channels, out_channels, kernel_size=1, norm=None, act="relu")
+        self.pooled = Convolution(spatial_dims, in_channels, out_channels, kernel_size=1, norm=None, act=RELU)
         self.project = conv_norm_relu(spatial_dims, out_channels * (len(rates) + 2), out_channels, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:

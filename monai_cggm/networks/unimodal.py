@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from monai_cggm.batches import Inputs, spatial_size
 from monai_cggm.networks.deeplab import (
+    RELU,
     DeepLabV3PlusEncoder,
     NormName,
     conv_norm_relu,
@@ -72,7 +73,7 @@ def _separable(spatial_dims: int, in_channels: int, out_channels: int, norm: Nor
         kernel_size=1,
         bias=False,
         norm=norm_spec(norm, out_channels),
-        act="relu",
+        act=RELU,
     )
     return [depthwise, pointwise]
 

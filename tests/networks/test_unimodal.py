@@ -186,3 +186,23 @@ def test_classifiers_are_needed_or_refused():
     late = LateFusion({name: small() for name in TWO})
     with pytest.raises(ValueError, match="takes no classifiers"):
         FusionAndUnimodal(late, UnimodalClassifiers.for_network(small()))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_activation_is_copied_by_a_relu(dims):
+    """In place it gives the same gradients, to the last bit."""
+    encoder = {"backbone": "resnet18", "width": 8, "spatial_dims": dims}
+    gradients = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        network = MultimodalSegmenter(["flair", "t2"], 4, encoder=encoder)
+        both = FusionAndUnimodal(network, UnimodalClassifiers.for_network(network))
+        relus = [module for module in both.modules() if isinstance(module, torch.nn.ReLU)]
+        assert len(relus) > 20
+        assert all(relu.inplace for relu in relus)
+        for relu in relus:
+            relu.inplace = not copied
+        out = both(torch.randn(2, 2, *[32] * dims, generator=torch.Generator().manual_seed(1)))
+        torch.stack([logits.square().mean() for logits in out.values()]).sum().backward()
+        gradients.append([parameter.grad for parameter in both.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
