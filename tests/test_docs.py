@@ -221,13 +221,20 @@ def test_the_page_on_balancing_has_the_numbers_of_the_evidence() -> None:
     """Which other tests hold against the tables of the comparison."""
     evidence = (DOCS / "evidence.md").read_text(encoding="utf-8")
     page = (DOCS / "explanation/balance.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ") and "[" in line]
-    assert len(rows) == 6
-    assert [row for row in rows if row not in evidence] == []  # there a further column follows
+    one_seed, two_seeds = (
+        evidence.split(f"\n## Cross-validation: BraTS at 2 mm{rest}\n")[1].split("\n## ")[0]
+        for rest in ("", ", a second seed")
+    )
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ") and "[" in line]
+    assert [seeds.strip() for _, seeds, _ in rows] == ["2"] * 4 + ["1"] * 2
+    for name, seeds, difference in rows:
+        of = two_seeds if seeds.strip() == "2" else one_seed
+        (row,) = [line for line in of.splitlines() if line.startswith(f"|{name.split(':')[0].rstrip()}")]
+        assert row.split("|")[2] == difference, name  # there further columns follow
     text = " ".join(page.split())
-    assert "Without T1ce joint training has 0.174, CGGM 0.173, modality dropout 0.326." in text
+    assert "with one seed, joint training has 0.174, CGGM 0.173, modality dropout 0.326." in text
     for arm, number in (("(a) joint", "0.174"), ("(i) CGGM, clipped", "0.173"), ("(b) + modality dropout", "0.326")):
-        row = next(line for line in evidence.splitlines() if line.startswith(f"| {arm}"))
+        row = next(line for line in one_seed.splitlines() if line.startswith(f"| {arm}"))
         assert row.endswith(f"| {number} |")
     assert "B went from −3330 to 2490" in text
     assert "B went from −3330 to 2490" in " ".join(evidence.split())

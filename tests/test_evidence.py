@@ -22,7 +22,12 @@ PAIRS = (
 
 
 #: folder of a cross-validation -> its section of the page
-SECTIONS = {"brats_2mm": "BraTS at 2 mm", "phantom": "phantoms with strong imbalance"}
+SECTIONS = {
+    "brats_2mm": "BraTS at 2 mm",
+    "confirm_brats_2mm": "BraTS at 2 mm, a second seed",
+    "phantom": "phantoms with strong imbalance",
+}
+ONE_SEED = ("brats_2mm", "phantom")
 
 
 def section(study: str) -> str:
@@ -36,11 +41,16 @@ def rows_of(text: str, header: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
+def numbers_in(cell: str) -> list[float]:
+    """Of a difference with its interval."""
+    return [float(part) for part in cell.replace("−", "-").replace("[", "").strip("]").replace(",", "").split()]
+
+
 def table(study: str, name: str) -> pd.DataFrame:
     return pd.read_csv(ROOT / "docs/evidence" / study / "tables" / f"{name}.csv")
 
 
-@pytest.mark.parametrize("study", SECTIONS)
+@pytest.mark.parametrize("study", ONE_SEED)
 def test_scores_are_those_of_the_tables(study: str) -> None:
     found = rows_of(section(study), "| arm | full set |")
     subsets = table(study, "subsets").set_index("arm")
@@ -50,7 +60,7 @@ def test_scores_are_those_of_the_tables(study: str) -> None:
         assert row[1:] == [f"{value:.3f}" for value in subsets.loc[arm, columns]], arm
 
 
-@pytest.mark.parametrize("study", SECTIONS)
+@pytest.mark.parametrize("study", ONE_SEED)
 def test_differences_are_those_of_the_tables(study: str) -> None:
     found = rows_of(section(study), "| difference | all subsets |")
     differences = table(study, "differences").set_index(["arm", "against", "score"])
@@ -58,19 +68,40 @@ def test_differences_are_those_of_the_tables(study: str) -> None:
     for row, pair in zip(found, PAIRS, strict=True):
         for cell, score in zip(row[1:], ("subsets", "full"), strict=True):
             numbers = differences.loc[(*pair, score), ["difference", "low", "high"]]
-            shown = [
-                float(part) for part in cell.replace("−", "-").replace("[", "").strip("]").replace(",", "").split()
-            ]
-            assert shown == pytest.approx(list(numbers), abs=0.0501), (pair, score)
+            assert numbers_in(cell) == pytest.approx(list(numbers), abs=0.0501), (pair, score)
 
 
 def test_the_readme_shows_the_same() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = rows_of(readme, "| training | all subsets |")
-    subsets = table("brats_2mm", "subsets").set_index("arm")
-    for row, arm in zip(found, ("joint", "dropout", "recipe", "balance", "cggm_clipped"), strict=True):
+    subsets = table("confirm_brats_2mm", "subsets").set_index("arm")
+    for row, arm in zip(found, ("joint", "dropout", "recipe", "balance"), strict=True):
         expected = subsets.loc[arm, ["subsets", "without_key", "flair+t1ce+t1+t2"]]
         assert row[1:] == [f"{value:.3f}" for value in expected], arm
+    differences = table("confirm_brats_2mm", "differences").set_index(["arm", "against", "score"]).sort_index()
+    for arm, against, said in (("recipe", "joint", "17 points [95 % interval 12, 21]"), ("balance", "recipe", "")):
+        row = differences.loc[(arm, against, "subsets")]
+        digits = 0 if said else 1
+        ends = [f"{row[name]:.{digits}f}".replace("-", "−") for name in ("low", "high")]
+        assert (said or "a point [−0.1, 1.9]") in " ".join(readme.split())
+        assert ", ".join(ends) in (said or "a point [−0.1, 1.9]")
+
+
+def test_two_seeds_on_brats_are_those_of_the_tables() -> None:
+    text = section("confirm_brats_2mm")
+    full, subsets = (table("confirm_brats_2mm", name).set_index("arm") for name in ("full_set", "subsets"))
+    columns = ["subsets", "missing_1", "missing_3", "with_key", "without_key"]
+    for row, arm in zip(rows_of(text, "| arm | full set |"), ARMS[:5], strict=True):
+        shown = [f"{full.loc[arm, 'dice_mean']:.3f} ± {full.loc[arm, 'dice_mean_sd']:.3f}"]
+        shown += [f"{subsets.loc[arm, c]:.3f} ± {subsets.loc[arm, f'{c}_sd']:.3f}" for c in columns]
+        assert row[1:] == shown, arm
+    pairs = [pair for pair in PAIRS if pair[0] in ARMS[:5] and pair[1] in ARMS[:5]]
+    found = rows_of(text, "| difference | all subsets |")
+    differences = table("confirm_brats_2mm", "differences").set_index(["arm", "against", "score"]).sort_index()
+    for row, pair in zip(found, pairs, strict=True):
+        for cell, score in zip(row[1:], ("subsets", "full", "without_key", "worst"), strict=True):
+            numbers = differences.loc[(*pair, score), ["difference", "low", "high"]]
+            assert numbers_in(cell) == pytest.approx(list(numbers), abs=0.0501), (pair, score)
 
 
 def test_what_is_said_of_balance_terms_is_in_their_table() -> None:
