@@ -268,6 +268,14 @@ def test_the_scores_of_generated_sentiment_are_those_of_the_tables() -> None:
             assert row[5] == f"{subsets.loc[arm, 'subsets']:.3f} ± {subsets.loc[arm, 'subsets_sd']:.3f}", arm
 
 
+def test_the_weight_decay_of_mosi_is_the_best_on_validation() -> None:
+    found = table("mosi_decay", "full_set").set_index("arm")["accuracy"]
+    assert found.idxmax() == "decay_003"
+    others = found.drop("decay_003")
+    shown = f"{found.max():.3f}, the others {others.min():.3f} to {others.max():.3f}"
+    assert shown in " ".join(results("CMU-MOSI, utterance level").split())
+
+
 def test_f1_on_mosi_is_that_of_its_file() -> None:
     text = " ".join(results("CMU-MOSI, utterance level").split())
     said = text[text.index("F1, weighted by class") :].split(" - ")[0]
