@@ -133,6 +133,7 @@ OWN = {
     "lacking agm": (agm, lambda method: []),
     "lacking pmr": (pmr, lambda method: []),
     "lacking umt": (umt, lambda method: []),
+    "lacking g_blending": (g_blending, lambda method: []),
 }
 #: MSLR's factors follow the progress of epochs from the third on, and PMR has prototypes from the second on
 EPOCHS = {"mslr": 3, "lacking mslr": 3, "pmr": 2, "lacking pmr": 2}
@@ -227,4 +228,6 @@ def test_two_ranks_stay_together_whatever_each_draws_or_lacks(name, two_ranks):
         assert first["scalars"]["epsilon/t1ce"] > 0  # of the second's cases
     torch.manual_seed(0)
     untrained = toy.MaskedNetwork().state_dict()
-    assert all(not torch.equal(first["weights"][n], w) for n, w in untrained.items())
+    changed = [not torch.equal(first["weights"][n], w) for n, w in untrained.items()]
+    # a modality whose network, here a random one, got no better has the weight 0
+    assert any(changed) if name == "lacking g_blending" else all(changed)
