@@ -7,11 +7,11 @@
     python scripts/bench_methods.py --device cuda
 
 Arms are those of a study (methods_brats_2mm), with its network and batch, and one more: `observe`, joint training with
-classifiers that only watch. A step is what happens between two batches: forward and backward passes, the
-method, clipping, the optimizer, the log. Times are CPU time of this process with one thread, and on a GPU wall-clock
-time once it has done its work; all arms take turns, an epoch each, so that whatever else the machine does meets them
-alike. The first turn does not count. Ratios are of means, because ReconBoost's steps are of two kinds, of which a
-median would show one; medians stand beside them, and where the two differ elsewhere, something disturbed the steps.
+classifiers that only watch. A step is what happens between two batches: forward and backward passes, the method,
+clipping, the optimizer, the log. Times are CPU time of this process with one thread, and on a GPU wall-clock time once
+it has done its work; all arms take turns, an epoch each, so that whatever else the machine does meets them alike. The
+first turn does not count. Ratios are of means, because ReconBoost's steps are of two kinds, of which a median would
+show one; medians stand beside them, and where the two differ elsewhere, something disturbed the steps.
 """
 
 from __future__ import annotations

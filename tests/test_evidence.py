@@ -79,12 +79,12 @@ def test_the_readme_shows_the_same() -> None:
         expected = subsets.loc[arm, ["subsets", "without_key", "flair+t1ce+t1+t2"]]
         assert row[1:] == [f"{value:.3f}" for value in expected], arm
     differences = table("confirm_brats_2mm", "differences").set_index(["arm", "against", "score"]).sort_index()
-    for arm, against, said in (("recipe", "joint", "17 points [95 % interval 12, 21]"), ("balance", "recipe", "")):
-        row = differences.loc[(arm, against, "subsets")]
-        digits = 0 if said else 1
-        ends = [f"{row[name]:.{digits}f}".replace("-", "−") for name in ("low", "high")]
-        assert (said or "a point [−0.1, 1.9]") in " ".join(readme.split())
-        assert ", ".join(ends) in (said or "a point [−0.1, 1.9]")
+    default, balance = (differences.loc[(*pair, "subsets")] for pair in (("recipe", "joint"), ("balance", "recipe")))
+    text = " ".join(readme.split())
+    gain, low, high = (f"{default[name]:.0f}" for name in ("difference", "low", "high"))
+    assert f"{gain} points [95 % interval {low}, {high}] above joint training" in text
+    low, high = (f"{balance[name]:.1f}".replace("-", "−") for name in ("low", "high"))
+    assert f"a point [{low}, {high}] above the same losses" in text
 
 
 def test_two_seeds_on_brats_are_those_of_the_tables() -> None:
