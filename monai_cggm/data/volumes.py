@@ -25,13 +25,13 @@ from monai.data import Dataset as MonaiDataset
 from monai.data import MetaTensor, get_track_meta
 from monai.transforms import Compose, Transform
 from monai.transforms.traits import RandomizableTrait
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from monai_cggm.data.checks import check_case
 from monai_cggm.data.layouts import LABEL, Case
+from monai_cggm.data.mapped import read_tensors
 from monai_cggm.errors import CaseError, DataError
 from monai_cggm.files import atomic_path
 
@@ -271,10 +271,11 @@ def _prepare_on_disk(case: Mapping[Hashable, Any], chain: Compose, folder: Path,
 
 
 def _read_volume(file: Path) -> dict[Hashable, Any]:
-    with safe_open(file, framework="pt") as stored:
-        tensors = {name: _slices_last(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
-        item: dict[Hashable, Any] = _unpacked(json.loads(stored.metadata()["item"]), tensors)
-        return item
+    tensors, metadata = read_tensors(file)
+    item: dict[Hashable, Any] = _unpacked(
+        json.loads(metadata["item"]), {name: _slices_last(tensor) for name, tensor in tensors.items()}
+    )
+    return item
 
 
 def _fingerprint(case: Mapping[Hashable, Any], settings: str) -> str:

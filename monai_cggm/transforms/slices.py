@@ -12,6 +12,8 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable
 from monai.transforms.traits import MultiSampleTrait
 
+from monai_cggm.data.mapped import read_ahead
+
 __all__ = ["RandSlicesd", "TumourSlicesd"]
 
 
@@ -140,13 +142,16 @@ class RandSlicesd(Randomizable, MapTransform, MultiSampleTrait):
         self.randomize(data)
         rest = {k: v for k, v in data.items() if k not in (*self.keys, self.tumour_key, self.brain_key)}
         keys = list(self.key_iterator(dict(data)))
+        slices = [{key: _plain(data[key])[..., index] for key in keys} for index in self.indices]
+        for part in (part for one in slices for part in one.values() if part.is_contiguous()):
+            read_ahead(part)  # of all slices, before the first is waited for
         return [
             {
-                **{key: _plain(data[key])[..., index].clone(memory_format=torch.contiguous_format) for key in keys},
+                **{key: part.clone(memory_format=torch.contiguous_format) for key, part in one.items()},
                 **rest,
                 "slice": index,
             }
-            for index in self.indices
+            for one, index in zip(slices, self.indices, strict=True)
         ]
 
     def _draw(self, pool: np.ndarray, size: int) -> list[int]:

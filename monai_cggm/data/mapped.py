@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a safetensors file through a memory map, and no more of the disk read than is wanted."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["read_ahead", "read_tensors"]
+
+#: the format's names of the types that are read here
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+#: Bytes of the first read. A prepared case's header, and the small tensors that the format puts behind it, fit in.
+_FIRST_READ = 1 << 16
+
+
+def read_tensors(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Map a file in the format of safetensors into memory.
+
+    The package ``safetensors`` reads the header through a map of its own; the first touch of a map brings in as much as
+    the system reads ahead, megabytes on some disks. Here it is one read of 64 KiB, all that opening a cold file costs.
+
+    Args:
+        file: a file that ``safetensors.torch.save_file`` wrote. It must not be changed in place while one of the
+            tensors is in use; it may be replaced or deleted.
+
+    Returns:
+        The tensors by name, and the file's metadata. A tensor's storage is its own part of the map: its pages are read
+        when they are touched (see :func:`read_ahead`), and what is written to them stays in this process.
+
+    Raises:
+        ValueError: where the file is not in that format, is shorter or longer than its header says, or has numbers of
+            a type that is not read here.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"image": torch.arange(6).view(2, 3)}, f"{folder}/p01.safetensors", metadata={"case": "p01"})
+        ...     tensors, metadata = read_tensors(f"{folder}/p01.safetensors")
+        >>> tensors["image"].tolist(), metadata
+        ([[0, 1, 2], [3, 4, 5]], {'case': 'p01'})
+    """
+    header, start, size = _read_header(file)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    layout = {name: _layout(name, entry) for name, entry in header.items()}
+    if size != start + max((stop for *_, stop in layout.values()), default=0):
+        raise ValueError(f"its {size} bytes are not as many as its header says")
+    mapped = torch.UntypedStorage.from_file(os.fspath(file), False, size)
+    tensors = {
+        name: torch.empty(0, dtype=dtype).set_(mapped[start + first : start + stop]).view(shape)
+        for name, (dtype, shape, first, stop) in layout.items()
+    }
+    return tensors, metadata
+
+
+def read_ahead(tensor: torch.Tensor) -> None:
+    """Ask the system to read a contiguous tensor's pages from the disk, at once and no others.
+
+    Without it each first touch of a page waits for the disk, and for all that the system reads ahead. It is advice, and
+    does nothing for tensors that are in memory already, or where the system has no ``madvise``.
+
+    Args:
+        tensor: contiguous, on the CPU; of any shape, such as a slice of what :func:`read_tensors` returned.
+
+    Example:
+        >>> volume = torch.zeros(155, 4, 240, 240)
+        >>> read_ahead(volume[80])
+    """
+    madvise = _madvise()
+    if madvise is None:
+        return
+    begin = tensor.data_ptr() - tensor.data_ptr() % mmap.PAGESIZE
+    madvise(begin, tensor.data_ptr() + tensor.nbytes - begin, mmap.MADV_WILLNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's function, which Python's standard library offers for its own maps only."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _read_header(file: str | Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the tensors begin, and the file's size."""
+    with open(file, "rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise"):  # to read these bytes, and none ahead
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        size = os.fstat(stream.fileno()).st_size
+        read = stream.read(_FIRST_READ)
+        start = 8 + int.from_bytes(read[:8], "little")
+        if len(read) < 8 or start > size:
+            raise ValueError("it is no safetensors file, or a part of one")
+        while len(read) < start:
+            read += stream.read(start - len(read))
+    header = json.loads(read[8:start])
+    if not isinstance(header, dict):
+        raise ValueError("its header is no dictionary")
+    return header, start, size
+
+
+def _layout(name: str, entry: Mapping[str, Any]) -> tuple[torch.dtype, list[int], int, int]:
+    """Type, shape, first byte and the byte after the last of a tensor, once they agree."""
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"its tensor {name} has numbers of type {entry['dtype']}, which is not read here")
+    dtype, shape, (first, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if first < 0 or min(shape, default=0) < 0 or stop - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"its tensor {name} of shape {shape} does not fill the bytes {first} to {stop}")
+    return dtype, shape, first, stop
