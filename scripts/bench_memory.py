@@ -3,7 +3,7 @@
 """Measure the memory that one epoch of training data from the disk store takes, by the number of cases.
 
     python scripts/bench_memory.py                      # on small phantoms, made first
-    python scripts/bench_memory.py --data DIR --sizes 250,500,1000 --limit-gb 8 --json memory.json
+    python scripts/bench_memory.py --data DIR --cases 4 --sizes 125,625,1251 --train --limit-gb 8 --json memory.json
 
 A store of the largest size is made of repeated cases: full copies under other names, so that every case is a file of
 its own. One epoch of the bundle brats_cggm's training data (its transforms, SliceDataset, EpochSampler, DataLoader) is
@@ -21,8 +21,11 @@ peaks of samples taken every 20 ms and after every batch:
 With --limit-gb every process runs under setrlimit(RLIMIT_DATA) of the limit divided by the number of processes. It
 bounds the heap and all private writable mappings, mapped volumes too while they are open, and a process that passes it
 fails and is listed. It does not bound shared memory (/dev/shm), in which workers hand their batches over: that a run
-ends says something of the heaps, and the column "used" counts both. Network, optimizer and validation are not part of
-it: nothing trains here.
+ends says something of the heaps, and the column "used" counts both.
+
+Network, optimizer and validation are not part of it, but with --train: then the bundle itself trains one epoch on each
+size too, with hardware/cpu.yaml, in a process that the same limit holds, from its start to the validation of one case
+and the checkpoint. That needs three cases to repeat: one is validated on, and one is left over.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+import logging
 import multiprocessing
 import resource
 import shutil
@@ -47,7 +52,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader
 from rich.console import Console
 from rich.progress import track
@@ -79,6 +84,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Processes of each size and number of workers.")] = 3,
     batch: Annotated[int | None, typer.Option(min=1, help="Volumes a batch; without it the bundle's.")] = None,
     limit_gb: Annotated[float | None, typer.Option(help="Hard limit for all processes together.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Train the bundle for an epoch on each size, too.")] = False,
     scratch: Annotated[Path | None, typer.Option(help="Where the store is made, and deleted.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the numbers.")] = None,
     measure_store: Annotated[Path | None, typer.Option("--measure", hidden=True)] = None,
@@ -86,16 +92,19 @@ def main(
     """Measure the memory that one epoch of training data from the disk store takes, by the number of cases."""
     counts, processes = numbers(sizes), numbers(workers)
     if measure_store is not None:
-        print(json.dumps(measure(measure_store, counts[0], processes[0], batch, limit_gb)))
+        kind = functools.partial(measure_training, data) if train else measure
+        print(json.dumps(kind(measure_store, counts[0], processes[0], batch, limit_gb)))
         return
     if len(counts) < 2:
         raise typer.BadParameter(f"a slope needs two sizes or more, got {sizes}")
+    if train and cases < 3:
+        raise typer.BadParameter(f"training needs three cases to repeat, got {cases}")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         phantoms = data is None
         if data is None:
             data = Path(folder) / "phantoms"
             write_phantoms(data, cases=cases, shape=shape, spacing=240 / shape[0], progress=True)
-        result = bench(data, cases, counts, processes, repeats, batch, limit_gb, Path(folder))
+        result = bench(data, cases, counts, processes, repeats, batch, limit_gb, Path(folder), train=train)
     result["data"] = "phantoms" if phantoms else data.name
     show(result)
     if json_file is not None:
@@ -116,6 +125,8 @@ def bench(
     batch: int | None,
     limit_gb: float | None,
     folder: Path,
+    *,
+    train: bool = False,
 ) -> dict[str, Any]:
     """Make the store, measure every size and number of workers, and return the numbers, memory in megabytes."""
     facts = machine()
@@ -132,8 +143,10 @@ def bench(
         in_a_process(store, size, number, batch, limit_gb)
         for number, size in track(turns, description="measuring", console=Console(stderr=True))
     ]
-    ended = [run for run in runs if "failed" not in run]
-    several = [number for number in workers if len({run["cases"] for run in ended if run["workers"] == number}) > 1]
+    trainings = [
+        in_a_process(store, size, number, batch, limit_gb, data)
+        for number, size in track(turns if train else [], description="training", console=Console(stderr=True))
+    ]
     per_case = sum(file.stat().st_size for file in originals) / len(originals)
     return {
         "clock": "wall time",
@@ -148,7 +161,9 @@ def bench(
         "store_gigabytes_full": per_case * FULL / 1e9,
         "full_cases": FULL,
         "runs": runs,
-        "fits": [fit([run for run in ended if run["workers"] == number]) for number in several],
+        "fits": fits(runs),
+        "trainings": trainings,
+        "training_fits": fits(trainings),
     }
 
 
@@ -174,7 +189,9 @@ def repeat(originals: Sequence[Path], count: int, store: Path) -> None:
         (store / f"{index:05d}.safetensors").write_bytes(content)
 
 
-def in_a_process(store: Path, size: int, workers: int, batch: int | None, limit_gb: float | None) -> dict[str, Any]:
+def in_a_process(
+    store: Path, size: int, workers: int, batch: int | None, limit_gb: float | None, train_on: Path | None = None
+) -> dict[str, Any]:
     """Run this script for one size; a run that fails, as at the limit, says why."""
     options: dict[str, Any] = {
         "measure": store,
@@ -182,8 +199,10 @@ def in_a_process(store: Path, size: int, workers: int, batch: int | None, limit_
         "workers": workers,
         "batch": batch,
         "limit-gb": limit_gb,
+        "data": train_on,
     }
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    words += ["--train"] if train_on is not None else []
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -194,10 +213,7 @@ def in_a_process(store: Path, size: int, workers: int, batch: int | None, limit_
 
 def measure(store: Path, size: int, workers: int, batch: int | None, limit_gb: float | None) -> dict[str, Any]:
     """Read one epoch of a store's first ``size`` cases, and return the peaks."""
-    torch.set_num_threads(1)
-    if limit_gb is not None:
-        limit = int(limit_gb * 1e9 / (workers + 1))
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    hold_to(limit_gb, workers)
     config = bundle()
     volumes = CachedVolumes(sorted(store.iterdir())[:size])
     dataset = SliceDataset(volumes, config.get_parsed_content("train#preprocessing"))
@@ -224,6 +240,55 @@ def measure(store: Path, size: int, workers: int, batch: int | None, limit_gb: f
         "start_megabytes": base,
         "peak_megabytes": peak.megabytes,
     }
+
+
+def measure_training(
+    data: Path, store: Path, size: int, workers: int, batch: int | None, limit_gb: float | None
+) -> dict[str, Any]:
+    """Train the bundle for one epoch on a store's first ``size`` cases, and return the peaks."""
+    hold_to(limit_gb, workers)
+    logging.disable(logging.WARNING)
+    files = [share_path("bundles/brats_cggm/configs/train.yaml"), share_path("configs/hardware/cpu.yaml")]
+    stored = [str(file) for file in sorted(store.iterdir())[:size]]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=store.parent) as folder, PeakMemory() as peak:
+        base = dict(peak.megabytes)
+        settings = {
+            "dataset_dir": str(data),
+            "run_dir": f"{folder}/run",
+            "cache_dir": f"{folder}/validation",
+            "device": "$torch.device('cpu')",
+            "split_sizes": [1, 1, 1],
+            "epochs": 1,
+            "warmup_epochs": 0,
+            "val_interval": 1,
+            "image_interval": 1,
+            "num_workers": workers,
+            "train#volumes": {"_target_": "monai_cggm.data.volumes.CachedVolumes", "items": list(map(Path, stored))},
+            "initialize": [],  # whose checks would count the cases that are split, not the store's
+            **({} if batch is None else {"volumes_per_batch": batch}),
+        }
+        made = ConfigWorkflow(list(map(str, files)), workflow_type="train", logging_file=False, **settings)
+        made.initialize()
+        made.run()
+        trainer = made.parser.get_parsed_content("train#trainer")
+        slices = trainer.state.iteration * made.parser.get_parsed_content("volumes_per_batch")
+    return {
+        "cases": size,
+        "workers": workers,
+        "slices": slices * made.parser.get_parsed_content("slices_per_volume"),
+        "seconds": time.perf_counter() - start,
+        "start_megabytes": base,
+        "peak_megabytes": peak.megabytes,
+    }
+
+
+def hold_to(limit_gb: float | None, workers: int) -> None:
+    """Set this process's share of the limit, which its workers inherit."""
+    torch.set_num_threads(1)
+    if limit_gb is not None:
+        limit = int(limit_gb * 1e9 / (workers + 1))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class PeakMemory:
@@ -268,6 +333,13 @@ def rollup(process: int) -> dict[str, int]:
     return {name: int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
 
 
+def fits(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each number of workers with which runs of two sizes or more ended."""
+    ended = [run for run in runs if "failed" not in run]
+    groups = {run["workers"]: [one for one in ended if one["workers"] == run["workers"]] for run in ended}
+    return [fit(group) for group in groups.values() if len({run["cases"] for run in group}) > 1]
+
+
 def fit(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Least squares of the peaks over the number of cases; memory of the full data set.
 
@@ -293,16 +365,33 @@ def show(result: dict[str, Any]) -> None:
     """Print the numbers as tables."""
     console = Console()
     batch = f"batches of {result['volumes_per_batch']} volumes × {result['slices_per_volume']} slices"
-    table = Table(title=f"Peak memory of one epoch of training data from disk, MB, {result['data']}, {batch}")
+    show_runs(
+        console,
+        f"Peak memory of one epoch of training data from disk, MB, {result['data']}, {batch}",
+        result["runs"],
+        result["fits"],
+    )
+    if result["trainings"]:
+        title = f"Peak memory of one epoch of training from disk (hardware/cpu.yaml), MB, {result['data']}"
+        show_runs(console, title, result["trainings"], result["training_fits"])
+    console.print(
+        f"A case takes {result['store_bytes_per_case'] / 1e6:.2f} MB on disk, {FULL} cases "
+        f"{result['store_gigabytes_full']:.1f} GB. Limit: {result['limit'] or 'none'}."
+    )
+
+
+def show_runs(console: Console, title: str, runs: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> None:
+    """Print what the runs took, and a line through them."""
+    table = Table(title=title)
     for column in ("workers", "cases", "slices", "used", "anonymous", "seconds"):
         table.add_column(column, justify="right")
-    for run in (run for run in result["runs"] if "failed" not in run):
+    for run in (run for run in runs if "failed" not in run):
         peaks = [f"{run['peak_megabytes'][name]:.1f}" for name in FIELDS]
         table.add_row(*(str(run[key]) for key in ("workers", "cases", "slices")), *peaks, f"{run['seconds']:.1f}")
     console.print(table)
-    for run in (run for run in result["runs"] if "failed" in run):
+    for run in (run for run in runs if "failed" in run):
         console.print(f"{run['workers']} workers, {run['cases']} cases: failed, {run['failed']}")
-    for line in result["fits"]:
+    for line in lines:
         used = line["used"]
         how = "extrapolated" if used["extrapolated"] else "within the sizes measured"
         error = "" if used["standard_error"] is None else f" (standard error {used['standard_error']:.2f})"
@@ -310,10 +399,6 @@ def show(result: dict[str, Any]) -> None:
             f"{line['workers']} workers: {used['kilobytes_per_case']:.2f} kB a case{error}; {FULL} cases ({how}): "
             f"{used['megabytes_full']:.0f} MB used, {line['anonymous']['megabytes_full']:.0f} MB anonymous."
         )
-    console.print(
-        f"A case takes {result['store_bytes_per_case'] / 1e6:.2f} MB on disk, {FULL} cases "
-        f"{result['store_gigabytes_full']:.1f} GB. Limit: {result['limit'] or 'none'}."
-    )
 
 
 if __name__ == "__main__":

@@ -147,15 +147,36 @@ def test_one_size_gives_no_slope(script: ModuleType, sizes: str):
 
 @pytest.mark.slow
 def test_table_and_json(tmp_path: Path, script: ModuleType):
-    write_phantoms(tmp_path / "data", cases=1, shape=(48, 40, 32), spacing=4.0)
+    write_phantoms(tmp_path / "data", cases=3, shape=(48, 40, 32), spacing=4.0)
     app = typer.Typer()
     app.command()(script.main)
-    options: list[Any] = ["--data", tmp_path / "data", "--sizes", "2,4", "--workers", "1", "--batch", 2, "--repeats", 1]
-    options += ["--limit-gb", 8, "--scratch", tmp_path, "--json", tmp_path / "memory.json"]
+    options: list[Any] = ["--data", tmp_path / "data", "--cases", 3, "--sizes", "2,4", "--workers", "1", "--batch", 2]
+    options += ["--repeats", 1, "--train", "--limit-gb", 8, "--scratch", tmp_path, "--json", tmp_path / "memory.json"]
     result = CliRunner().invoke(app, list(map(str, options)), catch_exceptions=False)
     assert result.exit_code == 0
     numbers = json.loads((tmp_path / "memory.json").read_text())
-    assert [(run["cases"], run["workers"], run["slices"]) for run in numbers["runs"]] == [(2, 1, 8), (4, 1, 16)]
+    for runs in (numbers["runs"], numbers["trainings"]):
+        assert [(run["cases"], run["workers"], run.get("slices")) for run in runs] == [(2, 1, 8), (4, 1, 16)], runs
+    reading, training = ([run["peak_megabytes"]["used"] for run in numbers[key]] for key in ("runs", "trainings"))
+    assert min(training) > min(reading)  # a network, its gradients, and its momentum
     assert "RLIMIT_DATA" in numbers["limit"]
-    assert "1251 cases (extrapolated)" in " ".join(result.stdout.split())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "memory.json"]
+    said = " ".join(result.stdout.split())
+    assert said.count("1251 cases (extrapolated)") == 2
+    assert "one epoch of training from disk" in said
+
+
+def test_training_needs_cases_to_validate_on(script: ModuleType):
+    app = typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, ["--train"])
+    assert result.exit_code == 2
+    assert "training needs three cases to repeat, got 2" in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_a_training_beyond_its_limit_is_listed(tmp_path: Path, script: ModuleType):
+    write_phantoms(tmp_path / "data", cases=3, shape=(48, 40, 32), spacing=4.0)
+    result = script.bench(tmp_path / "data", 3, [2], [0], 1, 2, 0.1, tmp_path / "work", train=True)
+    assert len(result["trainings"]) == 1
+    assert "failed" in result["trainings"][0]
+    assert result["training_fits"] == []
