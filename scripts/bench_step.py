@@ -11,7 +11,8 @@ Trainings: `joint`; `observe`, joint training with classifiers that watch; `cggm
 train.yaml, modality dropout and light auxiliary losses. The sizes are those of the bundle brats_cggm, alone and with
 hardware/cpu.yaml, on random images. A step is what happens between two batches. With one thread of a CPU times are CPU
 time of this process, otherwise wall-clock time; all trainings take turns, a step each, so that whatever else the
-machine does meets them alike, and the median counts.
+machine does meets them alike, and the median counts: of the times, and of the ratios to joint training's step of the
+same turn.
 
 Two numbers are arithmetic: floating-point operations of convolutions and matrix products, counted by PyTorch, over
 those of joint training. `done` are those that the step executed. `floor` are those that it cannot do without, added up
@@ -233,13 +234,25 @@ def bench(
         "steps": {way: len(values) for way, values in times.items()},
         "ms_per_step": {way: round(value, 2) for way, value in medians.items()},
         "quartiles_ms": {way: np.percentile(values, [25, 75]).round(2).tolist() for way, values in times.items()},
-        "times_joint": {way: round(value / medians["joint"], 3) for way, value in medians.items()},
+        **over_joint(times),
         "floor": {way: round(floor[way], 3) for way in ways},
         "done": {way: round(count["flops"] / counts["joint"]["flops"], 3) for way, count in counts.items()},
         "encoder_passes": {way: [count["forward"], count["backward"]] for way, count in counts.items()},
         "host_waits": waits,
         "classifiers": parameters_of(size),
         "epsilon_ms": epsilon_times(size, rounds, device),
+    }
+
+
+def over_joint(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Each training's steps over the step that joint training took in the same turn: medians and quartiles.
+
+    What slows the machine down for a while slows both, so these ratios spread less than the times do.
+    """
+    ratios = {way: np.array(values) / np.array(times["joint"]) for way, values in times.items()}
+    return {
+        "times_joint": {way: round(float(np.median(values)), 3) for way, values in ratios.items()},
+        "times_joint_quartiles": {way: np.percentile(v, [25, 75]).round(3).tolist() for way, v in ratios.items()},
     }
 
 
@@ -409,16 +422,19 @@ def show(name: str, result: Mapping[str, Any], clock: str) -> None:
         f"{'×'.join(map(str, size['image']))}, {clock}"
     )
     waits = result["host_waits"]
-    columns = ["training", "ms", "quartiles", "× joint", "floor", "done", "encoders", *(["waits"] if waits else [])]
+    columns = ["training", "ms", "quartiles", "× joint", "quartiles", "floor", "done", "encoders"]
+    columns += ["waits"] if waits else []
     for column in columns:
         table.add_column(column, justify="left" if column == "training" else "right", no_wrap=True)
     for way, milliseconds in result["ms_per_step"].items():
         low, high = result["quartiles_ms"][way]
+        least, most = result["times_joint_quartiles"][way]
         table.add_row(
             way,
             f"{milliseconds:.0f}",
             f"{low:.0f}–{high:.0f}",
             f"{result['times_joint'][way]:.2f}",
+            f"{least:.2f}–{most:.2f}",
             f"{result['floor'][way]:.2f}",
             f"{result['done'][way]:.2f}",
             "{} + {}".format(*result["encoder_passes"][way]),
