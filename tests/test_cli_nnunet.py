@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from monai_cggm.cli import app
@@ -40,3 +42,30 @@ def test_what_nnunet_cannot_take_is_refused(tmp_path: Path) -> None:
     assert code == 1
     assert "p02" in text
     assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nnunetv2") is None, reason="needs nnU-Net: pip install nnunetv2")
+@pytest.mark.parametrize("regions", [(), ("--region", "gland=1,2", "--region", "lesion=2")])
+def test_nnunet_itself_accepts_what_was_written(
+    tmp_path: Path, regions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    code, text = invoke(
+        tmp_path / "raw", "--data", folders(tmp_path / "data"), "--id", 501, "--name", "Zones", *regions
+    )
+    assert code == 0, text
+    folder = tmp_path / "raw" / "Dataset501_Zones"
+    verify_dataset_integrity(str(folder), num_processes=1)
+    said = capfd.readouterr().out
+    assert "verify_dataset_integrity Done" in said
+    assert "Error" not in said
+    described = json.loads((folder / "dataset.json").read_text())
+    labels = LabelManager(described["labels"], described.get("regions_class_order"))
+    if regions:
+        assert [tuple([one] if isinstance(one, int) else one) for one in labels.foreground_regions] == [(1, 2), (2,)]
+    else:
+        assert list(labels.foreground_labels) == [1, 2]

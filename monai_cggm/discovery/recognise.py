@@ -107,7 +107,10 @@ def recognise(
         if item.doubts
     ]
     if wanted:
-        named = [item if item.key in {*wanted, LABEL} else replace(item, key=None) for item in named]
+        others = Counter(item.key for item in named if item.key not in {*wanted, LABEL, IGNORED, None})
+        named = [item for item in named if item.key not in others]
+        if others:
+            notes.append("Not asked for: " + some([f"{key} ({n} files)" for key, n in sorted(others.items())]) + ".")
     kept = [item for item in named if item.key not in (None, IGNORED)]
     notes += _notes_on(named, chosen, only=only)
     groups, layout = _cases(kept, root, notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -31,8 +32,8 @@ def blocks(text: str) -> dict[str, str]:
 def overlaid(text: str, overlay: str, *, known_only: bool = False) -> str:
     r"""Replace keys of a configuration by those of another one, where they stand; new ones come at the end.
 
-    It says what merging the two files says, as one file. A key such as ``train#preprocessing`` changes a part of what
-    was defined above it, so that these come at the end too.
+    It says what merging the two files says, as one file. A key such as ``train#preprocessing`` replaces that part of
+    what ``text`` defines as ``train``; where there is no such part, it comes at the end too.
 
     Args:
         text: the configuration.
@@ -40,18 +41,25 @@ def overlaid(text: str, overlay: str, *, known_only: bool = False) -> str:
         known_only: leave out keys that ``text`` does not have.
 
     Example:
-        >>> print(overlaid("# first\na: 1\nb: 2  # two\n", "b: 3\nb#c: 4\n"), end="")
+        >>> print(overlaid("# first\na: 1\nb:\n  c: 2  # two\n  d: 3\n", "a: 4\nb#c: 5\nb#e: 6\n"), end="")
         # first
-        a: 1
-        b: 3
-        b#c: 4
+        a: 4
+        b:
+          c: 5
+          d: 3
+        b#e: 6
     """
     lines = text.splitlines()
-    places = _places(lines)
     changed = blocks(overlay)
+    places = _places(lines)
+    within = {key: place for key, place in _inner_places(lines, places).items() if key.split("#")[0] not in changed}
+    places |= within
     for key in sorted(changed.keys() & places.keys(), key=lambda key: -places[key][0]):
         start, end = places[key]
-        lines[start:end] = changed[key].splitlines()
+        new = changed[key].splitlines()
+        if key in within:
+            new = [f"  {line}".rstrip() for line in [new[0].split("#", 1)[1], *new[1:]]]
+        lines[start:end] = new
     if not known_only:
         lines += [line for key, block in changed.items() if key not in places for line in block.splitlines()]
     return "\n".join(lines) + "\n"
@@ -109,9 +117,19 @@ def _places(lines: list[str]) -> dict[str, tuple[int, int]]:
     """Key -> first line and the line behind its last."""
     starts = [(index, match[1]) for index, line in enumerate(lines) if (match := _KEY.match(line))]
     places = {}
-    for (start, key), (behind, _) in zip(starts, [*starts[1:], (len(lines), "")], strict=True):
+    for (start, key), (behind, _) in pairwise([*starts, (len(lines), "")]):
         end = behind
         while end > start + 1 and not lines[end - 1].startswith((" ", "- ")):
             end -= 1  # blank lines, and comments that belong to what follows
         places[key] = (start, end)
     return places
+
+
+def _inner_places(lines: list[str], places: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The like of the keys right below each key, by names such as ``train#preprocessing``."""
+    inner = {}
+    for key, (start, end) in places.items():
+        below = [line[2:] if line.startswith("  ") else "" for line in lines[start + 1 : end]]
+        for name, (first, last) in _places(below).items():
+            inner[f"{key}#{name}"] = (start + 1 + first, start + 1 + last)
+    return inner

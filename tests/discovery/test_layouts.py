@@ -299,7 +299,10 @@ def test_patterns_side_by_side(tmp_path: Path) -> None:
 def test_chosen_modalities_and_their_order(tmp_path: Path) -> None:
     for case in ("a", "b"):
         touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("flair", "t1", "t2_x", "t2_y", "T1rho", "seg")))
-    assert discover(tmp_path, modalities=["T1rho", "FLAIR"]).modalities == ("t1rho", "flair")
+    found = discover(tmp_path, modalities=["T1rho", "FLAIR"])
+    assert found.modalities == ("t1rho", "flair")
+    assert "Not asked for: t1 (2 files), t2 (4 files)." in found.notes
+    assert not any("Ignored" in note for note in found.notes)
     assert "no pet in" in problem(tmp_path, modalities=["flair", "pet"])
     assert "2 files may be t2" in problem(tmp_path)
 

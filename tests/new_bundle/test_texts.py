@@ -43,6 +43,26 @@ def test_comments_stay_with_what_they_are_about() -> None:
     assert overlaid(text, "b: 3\nz: 1\n", known_only=True) == text.replace("b:\n  c: 1  # inner\n\n  d: 2", "b: 3")
 
 
+def test_parts_are_replaced_where_they_stand() -> None:
+    text = "a:\n  b:\n  - x: 1\n    y: 2\n  # of c\n  c: {d: 1}\nb: 2\n"
+    assert overlaid(text, "a#b: 3  # three\n") == "a:\n  b: 3  # three\n  # of c\n  c: {d: 1}\nb: 2\n"
+    assert overlaid(text, "a#c:\n  e:\n  - 1\n\n  f: 2\n") == (
+        "a:\n  b:\n  - x: 1\n    y: 2\n  # of c\n  c:\n    e:\n    - 1\n\n    f: 2\nb: 2\n"
+    )
+    # what the other file defines anew has none of the old parts
+    assert overlaid(text, "a: {c: 1}\na#c: 2\n") == "a: {c: 1}\nb: 2\na#c: 2\n"
+
+
+def test_no_key_of_a_patch_bundle_is_set_twice() -> None:
+    """Neither what is for slices nor what patches replace stays beside it."""
+    patches = share_path("configs/protocols/patches_3d.yaml").read_text()
+    whole = overlaid(TRAIN.read_text(), patches)
+    assert "RandCropByPosNegLabeld" in whole
+    assert "RandSlicesd" not in whole
+    assert "SliceInferer" not in whole
+    assert [key for key in yaml.safe_load(whole) if "#" in key] == ["encoder#spatial_dims"]
+
+
 def test_plain_values_are_read_back() -> None:
     values = {
         "names": ["a b", "$not a program", "@nor a reference"],
