@@ -78,17 +78,17 @@ def read_ahead(tensor: torch.Tensor) -> None:
     """Ask the system to read a contiguous tensor's pages from the disk, at once and no others.
 
     Without it each first touch of a page waits for the disk, and for all that the system reads ahead. It is advice, and
-    does nothing for tensors that are in memory already, or where the system has no ``madvise``.
+    does nothing for tensors that are in memory already or on a GPU, or where the system has no ``madvise``.
 
     Args:
-        tensor: contiguous, on the CPU; of any shape, such as a slice of what :func:`read_tensors` returned.
+        tensor: contiguous, of any shape, such as a slice of what :func:`read_tensors` returned.
 
     Example:
         >>> volume = torch.zeros(155, 4, 240, 240)
         >>> read_ahead(volume[80])
     """
     madvise = _madvise()
-    if madvise is None:
+    if madvise is None or tensor.device.type != "cpu":
         return
     begin = tensor.data_ptr() - tensor.data_ptr() % mmap.PAGESIZE
     madvise(begin, tensor.data_ptr() + tensor.nbytes - begin, mmap.MADV_WILLNEED)
