@@ -205,7 +205,8 @@ def in_a_process(
     words += ["--train"] if train_on is not None else []
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        reason = " ".join(line.strip() for line in said[-2:])  # MONAI's last line is how to debug
         return {"cases": size, "workers": workers, "failed": reason}
     run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return run
@@ -249,6 +250,7 @@ def measure_training(
     hold_to(limit_gb, workers)
     logging.disable(logging.WARNING)
     files = [share_path("bundles/brats_cggm/configs/train.yaml"), share_path("configs/hardware/cpu.yaml")]
+    there = len(load_cases(data, bundle().get_parsed_content("modalities")))
     stored = [str(file) for file in sorted(store.iterdir())[:size]]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=store.parent) as folder, PeakMemory() as peak:
@@ -258,7 +260,7 @@ def measure_training(
             "run_dir": f"{folder}/run",
             "cache_dir": f"{folder}/validation",
             "device": "$torch.device('cpu')",
-            "split_sizes": [1, 1, 1],
+            "split_sizes": [there - 2, 1, 1],
             "epochs": 1,
             "warmup_epochs": 0,
             "val_interval": 1,
