@@ -439,7 +439,7 @@ def new_bundle(
     if made.unlabelled:
         typer.echo(f"Left out: {len(made.unlabelled)} cases without a label.")
     counts = ", ".join(f"{part} {count}" for part, count in made.parts.items())
-    typer.echo(f"{out}: {counts}{f' (the first of {folds} folds)' if folds else ''}. To compare, and to train:")
+    typer.echo(f"{out}: {counts} ({made.parts_from}). To compare, and to train:")
     study, datalist = (shlex.quote(str(out / name)) for name in ("study.yaml", "datalist.json"))
     typer.echo(f"  monai-cggm compare {study} --data {datalist} --out comparison")
     typer.echo(f"  cd {shlex.quote(str(out))} && python -m monai.bundle run --config_file configs/train.yaml")

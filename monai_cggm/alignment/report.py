@@ -103,8 +103,10 @@ def _described(settings: AlignSettings) -> list[str]:
     lines = [
         f"Modalities: {', '.join(settings.modalities)}.",
         f"Grid: that of {settings.reference}; spacing: {spacing}.",
-        "Images: linear interpolation, in their own units and voxel type. Outside an image's field of view stands its "
-        "own minimum" + "".join(f", {value:g} for {name}" for name, value in settings.fill.items()) + ".",
+        "Images: linear interpolation, in their own units and voxel type. Outside an image's field of view stands 0, "
+        "or its minimum where that is far below 0, as in CT"
+        + "".join(f", {value:g} for {name}" for name, value in settings.fill.items())
+        + ".",
         f"Labels: {settings.label_interpolation} interpolation; they move with {settings.drawn_on}; 0 outside.",
     ]
     if settings.register:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -52,12 +52,7 @@ def choose_floors(
         >>> choose_floors(Survey((case,)), ("ct", "pet"), {})
         ({'ct': -900.0}, {'ct': '-900 and below: air in Hounsfield units'})
     """
-    problems = [f"floor of {key}: expected one of {', '.join(modalities)}" for key in wanted if key not in modalities]
-    problems += [
-        f"floor of {key}: found {floor}, expected a number"
-        for key, floor in wanted.items()
-        if floor is not None and not np.isfinite(floor)
-    ]
+    problems = floor_problems(modalities, wanted)
     if problems:
         raise DataError(problems)
     floors: dict[str, float] = {}
@@ -80,6 +75,16 @@ def choose_floors(
     if problems:
         raise DataError(problems)
     return floors, reasons
+
+
+def floor_problems(modalities: Sequence[str], wanted: Mapping[str, float | None]) -> list[str]:
+    """What is wrong with the floors that are wished for, which no data are needed to tell."""
+    problems = [f"floor of {key}: expected one of {', '.join(modalities)}" for key in wanted if key not in modalities]
+    return problems + [
+        f"floor of {key}: found {floor}, expected a number"
+        for key, floor in wanted.items()
+        if floor is not None and not np.isfinite(floor)
+    ]
 
 
 def plain_number(value: float) -> int | float:

@@ -16,7 +16,7 @@ from monai_cggm.discovery import CaseSurvey, Found, Survey
 from monai_cggm.discovery.names import slug_of
 from monai_cggm.discovery.sources import read_volumes
 from monai_cggm.errors import DataError
-from monai_cggm.new_bundle.background import above_background, choose_floors
+from monai_cggm.new_bundle.background import above_background, choose_floors, floor_problems
 
 #: Slices where voxels are so many times longer along one axis than along another: nnU-Net's threshold (Isensee et al.,
 #: Nature Methods 2021) for data that it does not treat as isotropic.
@@ -47,6 +47,7 @@ _MEMORY_BYTES = 4e9
 _READ_CASES = 5
 
 _REGION = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_REGION_NAME = "region {!r}: expected a name of letters, digits and _, other than mean"
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,28 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
     )
 
 
+def check_wishes(found: Found, wishes: Wishes) -> None:
+    """Refuse what can be judged before any volume is read.
+
+    Args:
+        found: the labelled cases.
+        wishes: what wins over the data.
+
+    Raises:
+        DataError: for regions of impossible names, and floors of no modality or that are no number.
+        ValueError: where a wish makes no sense for any data.
+    """
+    _check(wishes)
+    problems = [_REGION_NAME.format(name) for name in wishes.regions if not _is_region(name)]
+    problems += floor_problems(found.modalities, wishes.floors)
+    if problems:
+        raise DataError(problems)
+
+
+def _is_region(name: str) -> bool:
+    return _REGION.fullmatch(name) is not None and name != "mean"
+
+
 def _check(wishes: Wishes) -> None:
     if wishes.spatial_dims not in (None, 2, 3):
         raise ValueError(f"spatial_dims must be 2 or 3, got {wishes.spatial_dims}")
@@ -239,8 +262,8 @@ def _regions(
         return {name: (number[value],) for value, name in classes.items() if number[value] > 0}
     problems = []
     for name, values in wanted.items():
-        if not _REGION.fullmatch(name) or name == "mean":
-            problems.append(f"region {name!r}: expected a name of letters, digits and _, other than mean")
+        if not _is_region(name):
+            problems.append(_REGION_NAME.format(name))
         odd = [value for value in values if number.get(value, 0) == 0]
         if odd or not values:
             known = ", ".join(str(value) for value in classes if number[value] > 0)

@@ -12,15 +12,14 @@ from typing import Any
 
 import yaml
 
-from monai_cggm.data.layouts import SECTIONS
-from monai_cggm.data.splits import PART_OF, PARTS, Split, fold_splits, split_cases, write_split
+from monai_cggm.data.splits import PART_OF, PARTS, Split, check_patients, fold_splits, split_cases, write_split
 from monai_cggm.discovery import Found, Survey, survey_cases, write_datalist
 from monai_cggm.discovery.convert import refuse_folder
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 from monai_cggm.new_bundle.background import plain_number, with_background
 from monai_cggm.new_bundle.card import model_card
-from monai_cggm.new_bundle.plan import BundlePlan, Wishes, plan_bundle
+from monai_cggm.new_bundle.plan import BundlePlan, Wishes, check_wishes, plan_bundle
 from monai_cggm.new_bundle.texts import as_text, headed, overlaid, without
 from monai_cggm.resources import share_path
 
@@ -44,6 +43,7 @@ class NewBundle:
         plan: its numbers and names.
         survey: of the labelled cases.
         parts: part -> cases, of the first split.
+        parts_from: where they come from, in words.
         unlabelled: cases without a label, which are in no part.
     """
 
@@ -51,6 +51,7 @@ class NewBundle:
     plan: BundlePlan
     survey: Survey
     parts: Mapping[str, int]
+    parts_from: str
     unlabelled: tuple[str, ...]
 
 
@@ -95,6 +96,7 @@ def new_bundle(
     labelled = found.without(unlabelled)
     _refuse_mixed_labels(labelled)
     splits, seed = _splits(labelled, wishes)
+    check_wishes(labelled, wishes)
     survey = survey_cases(labelled, workers=workers, progress=progress)
     plan = plan_bundle(labelled, survey, min(len(split["train"]) for split in splits), wishes)
     write_datalist(labelled, folder, copy=copy, workers=workers, progress=progress)
@@ -114,7 +116,7 @@ def new_bundle(
     for name, source in _COPIED.items():
         with atomic_path(folder / name) as temporary:
             shutil.copyfile(share_path(source), temporary)
-    return NewBundle(folder, plan, survey, parts, unlabelled)
+    return NewBundle(folder, plan, survey, parts, _parts_from(labelled, wishes), unlabelled)
 
 
 def configurations(plan: BundlePlan, split: str, seed: int) -> dict[str, str]:
@@ -236,7 +238,7 @@ def _refuse_mixed_labels(found: Found) -> None:
 
 
 def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:
-    """One split, or one a fold; that of the data set itself where it has three parts."""
+    """One split, or one a fold; the data set's own parts, where it has some, and what it lacks drawn from training."""
     items = [{"case": case.case_id, "patient": case.patient} for case in found.cases]
     patients = len({item["patient"] for item in items})
     fewest = max(3, wishes.folds or 0)
@@ -249,12 +251,30 @@ def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:
         )
     if wishes.folds:
         return fold_splits(items, folds=wishes.folds, seed=wishes.seed), wishes.seed
-    if {case.section for case in found.cases} == set(SECTIONS):
-        split: Split = {part: [] for part in PARTS}
-        for case, item in zip(found.cases, items, strict=True):
-            split[PART_OF[case.section]].append(item)
-        return [split], wishes.seed
-    return [split_cases(items, seed=wishes.seed)], wishes.seed
+    told: Split = {part: [] for part in PARTS}
+    for case, item in zip(found.cases, items, strict=True):
+        told[PART_OF[case.section]].append(item)
+    if not told["train"] or not (told["validation"] or told["test"]):
+        return [split_cases(items, seed=wishes.seed)], wishes.seed
+    check_patients(told)
+    lacking = [part for part in ("validation", "test") if not told[part]]
+    if not lacking:
+        return [told], wishes.seed
+    # no case that the data set tests on may train, nor the other way about
+    fractions = [0.85 if part == "train" else 0.15 * (part in lacking) for part in PARTS]
+    drawn = split_cases(told["train"], fractions=fractions, seed=wishes.seed)
+    return [{part: drawn[part] or told[part] for part in PARTS}], wishes.seed
+
+
+def _parts_from(found: Found, wishes: Wishes) -> str:
+    """Say what :func:`_splits` did."""
+    if wishes.folds:
+        return f"the first of {wishes.folds} folds, drawn by patient"
+    told = {PART_OF[case.section] for case in found.cases}
+    if "train" not in told or len(told) == 1:
+        return "drawn by patient"
+    lacking = [part for part in PARTS if part not in told]
+    return f"the data set's own, {lacking[0]} drawn from training by patient" if lacking else "the data set's own"
 
 
 def _study(plan: BundlePlan, splits: Sequence[str], seed: int) -> str:

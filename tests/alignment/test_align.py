@@ -991,7 +991,10 @@ def test_the_report_stands_alone(small: Path) -> None:
         assert str(small.parent) not in text
         assert str(Path.home()) not in text
     assert f"{CASE}: t1 is 2-D (shape 9x8)" in report
-    assert "Outside an image&#x27;s field of view stands its own minimum, 1 for t1." in report
+    assert (
+        "Outside an image&#x27;s field of view stands 0, or its minimum where that is far below 0, as in CT" in report
+    )
+    assert "as in CT, 1 for t1." in report
     assert "20x22x16" in report
     assert len(report) < 300_000
 

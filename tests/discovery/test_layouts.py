@@ -590,10 +590,9 @@ def test_unclear_names(tmp_path: Path) -> None:
 def test_names_that_a_configuration_would_evaluate(tmp_path: Path) -> None:
     folder = tmp_path / "%data"
     odd = ["$import", "@ref", "100%", "Müller, J", "a b", "a_b", "..", "A_B"]
-    for index, name in enumerate(odd):
+    for name in odd:
         place = folder / (name if name != ".." else "x..y")
         touch(*(place / f"{key}.nii.gz" for key in ("$flair", "@t1", "seg%")))
-        assert index < len(odd)
     found = discover(folder)
     ids = [case.case_id for case in found.cases]
     assert len(set(map(str.casefold, ids))) == len(ids) - 1  # only a_b and A_B, which were safe as they were

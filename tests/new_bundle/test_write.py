@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from monai_cggm.cli import app
 from monai_cggm.discovery import discover
 from monai_cggm.errors import DataError
-from monai_cggm.new_bundle import NewBundle, Wishes, new_bundle
+from monai_cggm.new_bundle import NewBundle, Wishes, new_bundle, write
 from tests.new_bundle.folders import CUBES, PATIENTS, bids, folders, msd, nnunet, volumes
 
 #: an even smaller network and budget, for tests
@@ -144,6 +145,58 @@ def test_the_parts_of_a_datalist_are_kept(tmp_path):
         new_bundle(discover(source / "mixed.json"), tmp_path / "no", progress=False)
     split = json.loads((bundle.folder / "split.json").read_text())
     assert (split["train"], split["validation"], split["test"]) == (["p01", "p02"], ["p03"], ["p04"])
+    assert bundle.parts_from == "the data set's own"
+
+
+def a_datalist(source: Path, **parts: Sequence[str]) -> Path:
+    content = {
+        part: [
+            {"case": p, "t2": f"{p}/{p}_T2.nii.gz", "adc": f"{p}/{p}_ADC.nii.gz", "label": f"{p}/{p}_seg.nii.gz"}
+            for p in patients
+        ]
+        for part, patients in parts.items()
+    }
+    (source / "mine.json").write_text(json.dumps(content))
+    return source / "mine.json"
+
+
+@pytest.mark.parametrize(("told", "lacking"), [("test", "validation"), ("validation", "test")])
+@pytest.mark.parametrize("kept", PATIENTS)
+def test_a_part_that_a_datalist_lacks_is_drawn_from_training(tmp_path, told, lacking, kept):
+    source = folders(tmp_path / "data")
+    others = [patient for patient in PATIENTS if patient != kept]
+    bundle = made(tmp_path, a_datalist(source, **{"training": others, told: [kept]}))
+    split = json.loads((bundle.folder / "split.json").read_text())
+    assert split[told] == [kept]
+    assert (len(split["train"]), len(split[lacking])) == (2, 1)
+    assert {*split["train"], *split[lacking]} == set(others)
+    assert bundle.parts_from == f"the data set's own, {lacking} drawn from training by patient"
+
+
+def test_a_patient_in_two_parts_of_a_datalist(tmp_path):
+    source = folders(tmp_path / "data")
+    path = a_datalist(source, training=PATIENTS[:3], test=PATIENTS[3:])
+    content = json.loads(path.read_text())
+    content["training"][0]["patient"] = content["test"][0]["patient"] = "one"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="case p04: patient one is in both train and test"):
+        made(tmp_path, path)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"network": "huge"}, "network must be one of"),
+        ({"regions": {"mean": (1,)}}, "region 'mean': expected a name"),
+        ({"floors": {"pet": 0.0}}, "floor of pet: expected one of adc, t2"),
+        ({"floors": {"t2": float("nan")}}, "floor of t2: found nan, expected a number"),
+    ],
+)
+def test_wishes_are_judged_before_volumes_are_read(tmp_path, monkeypatch, wishes, message):
+    monkeypatch.setattr(write, "survey_cases", lambda *_, **__: pytest.fail("volumes were read"))
+    with pytest.raises((DataError, ValueError), match=message):
+        made(tmp_path, folders(tmp_path / "data"), **wishes)
 
 
 def test_commands_are_quoted_where_a_path_has_spaces(tmp_path, monkeypatch):
