@@ -37,25 +37,34 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+#: runs of bench_step.py, the one that the page goes by first; of older ones the ratios are of medians
+STEPS = {"small": ("step_small", "step_small_again", "step_again"), "paper": ("step_paper", "step_again")}
+
+
 def steps() -> str:
-    """Training steps over joint training's, at both sizes; the small one's in two runs."""
+    """Training steps over joint training's, at both sizes, and the ratios of other runs."""
     rows = []
-    for name, file in (("small", "step_small"), ("small, another run", "step_small_again"), ("paper", "step_paper")):
-        numbers = read(file)["sizes"][name.split(",")[0]]
+    for name, (first, *others) in STEPS.items():
+        numbers = read(first)["sizes"][name]
         for way, ms in numbers["ms_per_step"].items():
-            low, high = numbers["times_joint_quartiles"][way]
-            spread = "" if way == "joint" else f" ({low:.2f} to {high:.2f})"
             rows.append(
                 [
                     f"{name}: `{way}`",
                     f"{ms:.0f}",
-                    f"{numbers['times_joint'][way]:.2f}{spread}",
+                    ratio(numbers, way),
+                    ", ".join(f"{read(other)['sizes'][name]['times_joint'][way]:.2f}" for other in others),
                     f"{numbers['floor'][way]:.2f}",
                     f"{numbers['done'][way]:.2f}",
                     "{} + {}".format(*numbers["encoder_passes"][way]),
                 ]
             )
-    return table(["training", "ms a step", "× joint", "floor", "done", "encoder passes"], rows)
+    return table(["training", "ms a step", "× joint", "in other runs", "floor", "done", "encoder passes"], rows)
+
+
+def ratio(numbers: Numbers, way: str) -> str:
+    """A training's step over the joint step of the same turn, with its quartiles."""
+    low, high = numbers["times_joint_quartiles"][way]
+    return f"{numbers['times_joint'][way]:.2f}" + ("" if way == "joint" else f" ({low:.2f} to {high:.2f})")
 
 
 def epsilon() -> str:
@@ -79,20 +88,23 @@ def epsilon() -> str:
 
 
 def growth() -> str:
-    """Straight lines through the sizes."""
+    """Straight lines through the sizes, in two runs."""
     rows = []
+    again = read("growth_again")["lines"]
     for family, ways in read("growth")["lines"].items():
         unit, factor = ("a modality", 1) if family == "modalities" else (f"1,000 {family}", 1000)
         for way, line in ways.items():
+            other = again[family][way]
             rows.append(
                 [
                     f"`{way}`, by {family}",
                     f"{factor * line['ms_per_unit']:.3g} for {unit}",
                     f"{line['ms_at_none']:.0f}",
                     f"{100 * line['worst_residual']:.0f}%",
+                    f"{factor * other['ms_per_unit']:.3g}, {100 * other['worst_residual']:.0f}%",
                 ]
             )
-    return table(["training", "ms", "ms at none", "farthest from the line"], rows)
+    return table(["training", "ms", "ms at none", "farthest from the line", "in another run"], rows)
 
 
 def memory() -> str:
@@ -172,17 +184,18 @@ def inference() -> str:
     rows = []
     for way, seconds in numbers["seconds_per_volume"].items():
         low, high = numbers["least_and_most_seconds"][way]
-        same = numbers["differ_same_volume"].get(way)
+        shares = (numbers[f"differ_{volume}_volume"].get(way) for volume in ("same", "whole"))
         rows.append(
             [
                 way,
                 f"{seconds:.2f} ({low:.2f} to {high:.2f})",
                 f"{numbers['volumes_per_minute'][way]:.1f}",
                 f"{numbers['times_faster'][way]:.2f}",
-                "" if same is None else "none" if same == 0 else f"{100 * same:.2f}%",
+                *("" if share is None else "none" if share == 0 else f"{100 * share:.1f}%" for share in shares),
             ]
         )
-    return table(["way", "s a volume", "volumes a minute", "times faster", "voxels that differ"], rows)
+    head = ["way", "s a volume", "volumes a minute", "times faster", "voxels that differ", "from the whole volume's"]
+    return table(head, rows)
 
 
 def overlays() -> str:
@@ -198,8 +211,8 @@ def overlays() -> str:
 
 
 def processes() -> str:
-    """Waits, steps and starts of processes of their own."""
-    numbers = read("training")
+    """Waits, steps and starts of processes of their own, and the steps of two further runs."""
+    numbers, *others = (read(name)["starts"] for name in ("training", "training_again", "starts"))
     rows = [
         [
             kind,
@@ -207,30 +220,46 @@ def processes() -> str:
             f"{row['first_validation_s']:.1f}",
             f"{row['validation_s']:.1f}",
             f"{row['wait_ms']:.0f}",
-            f"{row['step_ms']:.0f}",
-            ", ".join(f"{ms:.0f}" for ms in numbers["step_ms_of_each_start"][kind]),
+            *(
+                f"{run[kind]['step_ms']:.0f} ({run['one process']['step_ms'] / run[kind]['step_ms']:.2f}×)"
+                for run in (numbers, *others)
+            ),
         ]
-        for kind, row in numbers["starts"].items()
+        for kind, row in numbers.items()
     ]
-    head = ["", "s to the first step", "s to the first validation's end", "s a validation", "ms waiting for a batch"]
-    return table([*head, "ms a step", "of each start"], rows)
+    head = ["", "s to the first step", "to the first validation's end", "s a validation", "ms waiting for a batch"]
+    return table([*head, "ms a step", "in another run", "in a third"], rows)
 
 
 def slowest() -> str:
-    """The operations that a step spends most time in."""
+    """The operations that a step spends most time in, at both sizes."""
     rows = [
-        [f"`{row['operation'].removeprefix('aten::')}`", str(row["calls"]), f"{row['ms']:.0f}", f"{row['share']:.0%}"]
-        for row in read("training")["slowest"]
+        [
+            f"{size}: `{row['operation'].removeprefix('aten::')}`",
+            str(row["calls"]),
+            f"{row['ms']:,.0f}",
+            f"{row['share']:.0%}",
+        ]
+        for size, name in (("small", "training"), ("paper", "memory_paper"))
+        for row in read(name)["slowest"]
     ]
     return table(["operation", "calls", "ms", "share"], rows)
 
 
 def machine() -> str:
     """What the numbers were measured on."""
-    facts = read("step_small")["machine"]
+    runs = {path.stem: read(path.stem)["machine"] for path in sorted(COSTS.glob("*.json"))}
+    same = {
+        tuple(facts[key] for key in ("cpu", "cores", "memory_gib", "system", "python", "torch"))
+        for facts in runs.values()
+    }
+    if len(same) != 1 or {(facts["threads"], facts["device"]) for facts in runs.values()} != {(1, "cpu")}:
+        raise ValueError(f"the numbers are of several machines: {sorted(same)}")
+    ((cpu, cores, memory, system, python, pytorch),) = same
+    loads = [facts["load"] for facts in runs.values()]
     return (
-        f"{facts['cpu']}, {facts['cores']} cores that are shared with others, {facts['memory_gib']} GiB; "
-        f"{facts['system'].split('-')[0]}, Python {facts['python']}, PyTorch {facts['torch']}, one thread; no GPU."
+        f"{cpu}, {cores} cores that are shared with others, {memory} GiB; {system.split('-')[0]}, Python {python}, "
+        f"PyTorch {pytorch}, one thread; no GPU. When the scripts began, the load was {min(loads)} to {max(loads)}."
     )
 
 
@@ -238,9 +267,15 @@ def goals() -> str:
     """What was wanted beside what was measured."""
     rows = []
     for name, words, most in (("paper", "the paper's size", 1.10), ("small", "the small size", 1.15)):
-        numbers = read(f"step_{name}")["sizes"][name]
+        numbers = read(STEPS[name][0])["sizes"][name]
+        others = [read(other)["sizes"][name]["times_joint"]["cggm"] for other in STEPS[name][1:]]
+        also = " and ".join(f"{value:.2f}" for value in others)
         rows.append(
-            [f"CGGM's step over joint training's, {words}", f"≤ {most:.2f}", f"{numbers['times_joint']['cggm']:.2f}"]
+            [
+                f"CGGM's step over joint training's, {words}",
+                f"≤ {most:.2f}",
+                f"{ratio(numbers, 'cggm')}; {also} in other runs",
+            ]
         )
     rows.append(
         ["the classifiers' parameters, the paper's size", "≤ 8 MB", f"{numbers_of_paper()['megabytes']:.1f} MB"]
@@ -265,14 +300,14 @@ def goals() -> str:
         [f"training from disk, {most_cases:,} cases of BraTS's size", "≤ 8 GB", f"{used / 1e3:.2f} GB at its peak"]
     )
     volumes = read("inference")
-    fastest = "+ channels-last"
+    seconds, fastest, naive = volumes["seconds_per_volume"], "+ channels-last", "slice by slice, brain's box"
     differ = volumes["differ_same_volume"][fastest]
     rows.append(
         [
-            "inference in float32, over slice by slice",
+            "inference in float32, over slice by slice in the brain's box",
             "the same voxels",
-            f"{volumes['times_faster'][fastest]:.1f}× faster, "
-            + ("the same voxels" if differ == 0 else f"{differ:.2%} differ"),
+            ("the same voxels" if differ == 0 else f"{differ:.2%} differ")
+            + f", {seconds[naive] / seconds[fastest]:.1f}× faster",
         ]
     )
     return table(["what", "wanted", "measured"], rows)

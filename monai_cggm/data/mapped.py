@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 import math
 import mmap
+import operator
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +34,8 @@ _DTYPES = {
 }
 #: Bytes of the first read. A prepared case's header, and the small tensors that the format puts behind it, fit in.
 _FIRST_READ = 1 << 16
+#: the format's own limit
+_LONGEST_HEADER = 100_000_000
 
 
 def read_tensors(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -42,15 +46,15 @@ def read_tensors(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
     Args:
         file: a file that ``safetensors.torch.save_file`` wrote. It must not be changed in place while one of the
-            tensors is in use; it may be replaced or deleted.
+            tensors is in use; once they are here it may be replaced or deleted (not on Windows).
 
     Returns:
         The tensors by name, and the file's metadata. A tensor's storage is its own part of the map: its pages are read
         when they are touched (see :func:`read_ahead`), and what is written to them stays in this process.
 
     Raises:
-        ValueError: where the file is not in that format, is shorter or longer than its header says, or has numbers of
-            a type that is not read here.
+        ValueError: where the file is not in that format, is shorter or longer than its header says, has tensors that
+            overlap, or numbers of a type that is not read here.
 
     Example:
         >>> import tempfile
@@ -63,13 +67,11 @@ def read_tensors(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     """
     header, start, size = _read_header(file)
     metadata: dict[str, str] = header.pop("__metadata__", {})
-    layout = {name: _layout(name, entry) for name, entry in header.items()}
-    if size != start + max((stop for *_, stop in layout.values()), default=0):
-        raise ValueError(f"its {size} bytes are not as many as its header says")
+    layouts = _layouts(header, start, size)
     mapped = torch.UntypedStorage.from_file(os.fspath(file), False, size)
     tensors = {
         name: torch.empty(0, dtype=dtype).set_(mapped[start + first : start + stop]).view(shape)
-        for name, (dtype, shape, first, stop) in layout.items()
+        for name, (dtype, shape, first, stop) in layouts.items()
     }
     return tensors, metadata
 
@@ -108,25 +110,47 @@ def _read_header(file: str | Path) -> tuple[dict[str, Any], int, int]:
     """The header, where the tensors begin, and the file's size."""
     with open(file, "rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):  # to read these bytes, and none ahead
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            with contextlib.suppress(OSError):  # no file system has to take advice
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         size = os.fstat(stream.fileno()).st_size
         read = stream.read(_FIRST_READ)
         start = 8 + int.from_bytes(read[:8], "little")
-        if len(read) < 8 or start > size:
+        if len(read) < 8 or start > min(size, _LONGEST_HEADER):
             raise ValueError("it is no safetensors file, or a part of one")
         while len(read) < start:
-            read += stream.read(start - len(read))
-    header = json.loads(read[8:start])
-    if not isinstance(header, dict):
-        raise ValueError("its header is no dictionary")
+            more = stream.read(start - len(read))
+            if not more:
+                raise ValueError("it ends within its header")
+            read += more
+    try:
+        header = json.loads(read[8:start])
+    except RecursionError as error:
+        raise ValueError("its header is no dictionary of tensors") from error
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its header is no dictionary of tensors and texts")
     return header, start, size
 
 
-def _layout(name: str, entry: Mapping[str, Any]) -> tuple[torch.dtype, list[int], int, int]:
-    """Type, shape, first byte and the byte after the last of a tensor, once they agree."""
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"its tensor {name} has numbers of type {entry['dtype']}, which is not read here")
-    dtype, shape, (first, stop) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if first < 0 or min(shape, default=0) < 0 or stop - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"its tensor {name} of shape {shape} does not fill the bytes {first} to {stop}")
-    return dtype, shape, first, stop
+def _layouts(header: Mapping[str, Any], start: int, size: int) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """Type, shape, first byte and the byte after the last of each tensor: they fill the file, and none overlaps."""
+    layouts = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (first, stop) = _DTYPES[entry["dtype"]], list(entry["shape"]), entry["data_offsets"]
+            numbers = [operator.index(number) for number in (*shape, first, stop)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its tensor {name} is described by {entry}, which is not read here") from error
+        if min(numbers) < 0 or stop - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its tensor {name} of shape {shape} does not fill the bytes {first} to {stop}")
+        if (start + first) % dtype.itemsize:
+            raise ValueError(f"its tensor {name} begins at byte {start + first}, where no {dtype} can lie")
+        layouts[name] = dtype, shape, first, stop
+    end = 0
+    for _, _, first, stop in sorted(layouts.values(), key=lambda layout: layout[2:]):
+        if first != end:
+            raise ValueError(f"its tensors leave out or share bytes from {min(first, end)} on")
+        end = stop
+    if size != start + end:
+        raise ValueError(f"its {size} bytes are not as many as its header says")
+    return layouts

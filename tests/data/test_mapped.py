@@ -88,6 +88,9 @@ def test_a_file_without_tensors(tmp_path: Path):
         (b"1234567", "no safetensors file"),
         (b"PK\x03\x04 something else altogether", "no safetensors file"),
         ((2).to_bytes(8, "little") + b"[]", "no dictionary"),
+        ((20).to_bytes(8, "little") + b'{"__metadata__": []}', "no dictionary"),
+        ((200_000).to_bytes(8, "little") + b"[" * 200_000, "no dictionary"),
+        ((200_000).to_bytes(8, "little") + b"[" * 100, "no safetensors file"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str):
@@ -107,7 +110,14 @@ def test_a_file_of_another_length_is_refused(file: Path, change: int):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "tensor a has numbers of type F8_E4M3"),
+        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "tensor a is described by .*F8_E4M3"),
+        ({"dtype": "U8", "shape": [4.0], "data_offsets": [0, 4]}, "tensor a is described by"),
+        ({"dtype": "U8", "shape": 4, "data_offsets": [0, 4]}, "tensor a is described by"),
+        ({"dtype": "U8", "shape": [4], "data_offsets": [0]}, "tensor a is described by"),
+        ({"shape": [4], "data_offsets": [0, 4]}, "tensor a is described by"),
+        ([], "tensor a is described by"),
+        ({"dtype": "U8", "shape": [3], "data_offsets": [1, 4]}, "leave out or share bytes from 0 on"),
+        ({"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}, "are not as many as its header says"),
         ({"dtype": "F16", "shape": [4], "data_offsets": [0, 4]}, r"a of shape \[4\] does not fill the bytes 0 to 4"),
         ({"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}, r"a of shape \[4\] does not fill the bytes -4 to 0"),
         ({"dtype": "U8", "shape": [-2, -2], "data_offsets": [0, 4]}, r"does not fill the bytes 0 to 4"),
@@ -116,6 +126,35 @@ def test_a_file_of_another_length_is_refused(file: Path, change: int):
 def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         read_tensors(_write(tmp_path / "bad", {"a": entry}, b"1234"))
+
+
+def test_tensors_that_share_bytes_or_lie_askew_are_refused(tmp_path: Path):
+    one = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    with pytest.raises(ValueError, match="leave out or share bytes from 2 on"):
+        read_tensors(_write(tmp_path / "bad", {"a": one, "b": one | {"data_offsets": [2, 6]}}, b"123456"))
+    header = {
+        "a": one | {"shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "I64", "shape": [1], "data_offsets": [1, 9]},
+    }
+    with pytest.raises(ValueError, match=r"tensor b begins at byte .*, where no torch\.int64 can lie"):
+        read_tensors(_write(tmp_path / "bad", header, b"123456789"))
+
+
+def test_a_file_that_ends_while_it_is_read(file: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where it is cut short by another process; a loop that waits for the rest would never end."""
+    size = file.stat()
+    file.write_bytes(file.read_bytes()[:80_000])
+    monkeypatch.setattr(os, "fstat", lambda _: size)
+    with pytest.raises(ValueError, match="it ends within its header"):
+        read_tensors(file)
+
+
+def test_a_file_system_that_takes_no_advice(file: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    assert torch.equal(read_tensors(file)[0]["image"], TENSORS["image"])
 
 
 def _resident(tensor: torch.Tensor) -> np.ndarray:
@@ -135,9 +174,10 @@ def _mapped_and_out_of_the_page_cache(tmp_path: Path) -> torch.Tensor:
         if not hasattr(os, "posix_fadvise") or not hasattr(ctypes.CDLL(None), "mincore"):
             pytest.skip("this system can neither empty its page cache nor tell what is in it")
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    image = read_tensors(file)[0]["image"]
-    if _resident(image[8:]).any():
+    if _resident(torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)).any():
         pytest.skip("this file system keeps its files in memory")
+    image = read_tensors(file)[0]["image"]
+    assert not _resident(image[1:]).any()  # opening reads 64 KiB, a slice's size, and nothing else
     return image
 
 
