@@ -190,17 +190,17 @@ def rival_problems(files: Mapping[str, Sequence[Source]], root: Path, case_id: s
     doubled = [key for key, rivals in files.items() if len(rivals) > 1 and key != LABEL]
     # Several patterns alone would leave out what they do not name.
     others = f" --modalities {','.join(sorted(files.keys() - {LABEL}))}" if len(doubled) > 1 else ""
-    problems = []
+    found, chosen = [], []
     for key, rivals in files.items():
         if len(rivals) > 1:
             patterns = _patterns_for(rivals, root, case_id, names)
             pattern = next((p for p in patterns if sum(fits(r.path, root, p) for r in rivals) == 1), "PATTERN")
-            chosen = f'--label "{pattern}"' if key == LABEL else f'--modality "{key}={pattern}"{others}'
+            chosen.append(f'--label "{pattern}"' if key == LABEL else f'--modality "{key}={pattern}"')
             listed = some(rival.path.relative_to(root).as_posix() for rival in rivals)
-            problems.append(
-                (f"{len(rivals)} files may be {key}, expected one", f"{listed}; choose with {chosen}, for example")
-            )
-    return tuple(problems)
+            found.append((f"{len(rivals)} files may be {key}, expected one", listed))
+    # together: with one of the patterns alone the others would be asked for next
+    advice = f"choose with {' '.join(chosen)}{others}, for example"
+    return tuple((what, f"{listed}; {advice}") for what, listed in found)
 
 
 def _patterns_for(rivals: Sequence[Source], root: Path, case_id: str, names: Sequence[str]) -> Iterator[str]:

@@ -89,7 +89,7 @@ def discover(
     if unsafe:
         raise DataError([f"{some(unsafe)}: expected names of modalities such as {some(map(modality_of, unsafe))}"])
     draft = _draft(path, wanted, label_pattern, modalities, need_label)
-    problems = [*draft.problems, *(str(error) for case in draft.cases for error in case.errors() if not keep_bad)]
+    problems = [*draft.problems, *([] if keep_bad else _of_cases_alike(draft.cases))]
     if problems:
         raise DataError(problems)
     order = _order(draft, modalities, path, lenient=keep_bad or (allow_missing and not need_label))
@@ -101,7 +101,7 @@ def discover(
     if repeated and not keep_bad:
         raise DataError(repeated)
     cases, renamed = _with_safe_ids(cases)
-    problems = [] if keep_bad else _missing(cases, order, path, need_label, allow_missing)
+    problems = [] if keep_bad else _missing(cases, order, path, need_label, allow_missing, wanted, label_pattern)
     if problems:
         raise DataError(problems)
     notes = [*draft.notes, *renamed]
@@ -200,24 +200,46 @@ def _order(draft: Draft, modalities: Sequence[str] | None, path: Path, *, lenien
     return tuple(dict.fromkeys(keys))
 
 
+def _of_cases_alike(cases: Sequence[FoundCase]) -> list[str]:
+    """One sentence for each kind of problem: the first case's, and which others have it too."""
+    kinds: dict[str, list[CaseError]] = {}
+    for case in cases:
+        for error in case.errors():
+            kinds.setdefault(error.problem, []).append(error)
+    return [
+        f"{errors[0]}"
+        + (f"; so in {len(errors) - 1} more cases: {some(e.case for e in errors[1:])}" if len(errors) > 1 else "")
+        for errors in kinds.values()
+    ]
+
+
 def _missing(
-    cases: Sequence[FoundCase], order: Sequence[str], path: Path, need_label: bool, allow_missing: bool
+    cases: Sequence[FoundCase],
+    order: Sequence[str],
+    path: Path,
+    need_label: bool,
+    allow_missing: bool,
+    patterns: Mapping[str, str],
+    label_pattern: str | None,
 ) -> list[str]:
     problems = []
     for key in order:
         if len(_lacking(cases, key)) == len(cases):
-            problems.append(f"{key} is in no case of {path}")
+            told = f": no file fits the pattern {patterns[key]}" if key in patterns else ""
+            problems.append(f"{key} is in no case of {path}{told}")
         elif _lacking(cases, key) and not allow_missing:
             problems.append(
-                f"{key} is missing in {_of_cases(cases, key)}: mend the files, leave {key} out, or allow missing "
-                "modalities"
+                f"{key} is missing in {_of_cases(cases, key)}: mend the files, leave {key} out (--modalities), or "
+                "allow cases that lack it (--allow-missing)"
             )
     training = [case for case in cases if case.section != "test"]
     without = [case for case in training if case.label is None]
-    if need_label and len(without) == len(training):
+    if need_label and len(without) == len(training) and label_pattern:
+        problems.append(f"no case in {path} has a label: no file of a case fits the label pattern {label_pattern}")
+    elif need_label and len(without) == len(training):
         problems.append(
-            f"no case in {path} has a label: expected a file with seg, mask, label or lesion in its name; give a label "
-            "pattern, such as *expert*; new cases to predict need none (monai-cggm datalist --no-labels)"
+            f"no case in {path} has a label: expected a file with seg, mask, label or lesion in its name; give a "
+            'pattern, such as --label "*expert*"; new cases to predict need none (monai-cggm datalist --no-labels)'
         )
     elif need_label and without:
         problems.append(f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}")

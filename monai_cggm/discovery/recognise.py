@@ -100,11 +100,14 @@ def recognise(
     labels_told = sum(item.key == LABEL for item in named)
     if labels_told and not label_pattern:
         named = _settle_labels(named, notes)
+    doubtful: dict[tuple[str, ...], list[_Named]] = defaultdict(list)
+    for item in named:
+        if item.doubts and (not wanted or {*wanted, LABEL} & set(item.doubts)):
+            doubtful[tuple(item.doubts)].append(item)
     problems = [
-        f"{item.source.path} may be {' or '.join(item.doubts)} by its name: give patterns, such as "
-        f"{item.doubts[0]}=*{item.doubts[0].upper()}*"
-        for item in named
-        if item.doubts
+        f"{items[0].source.path}{f' and {len(items) - 1} more' if len(items) > 1 else ''} may be {' or '.join(doubts)} "
+        f'by name: give patterns, such as --modality "{doubts[0]}=*{doubts[0].upper()}*"'
+        for doubts, items in doubtful.items()
     ]
     if wanted:
         others = Counter(item.key for item in named if item.key not in {*wanted, LABEL, IGNORED, None})

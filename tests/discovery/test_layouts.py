@@ -274,9 +274,16 @@ def test_patterns_choose(tmp_path: Path) -> None:
     text = problem(tmp_path)
     assert (
         "case a: 2 files may be t1, expected one (a/T1_n4.nii.gz, a/T1_raw.nii.gz; choose with --modality "
-        '"t1=T1_n4.nii.gz", for example)'
+        '"t1=T1_n4.nii.gz" --label "r*ter1_m*sk.nii.gz", for example); so in 1 more cases: b'
     ) in text
-    assert "2 files may be label, expected one (a/rater1_mask.nii.gz, a/rater2_mask.nii.gz; choose with --label" in text
+    assert "2 files may be label, expected one (a/rater1_mask.nii.gz, a/rater2_mask.nii.gz; choose with --modal" in text
+    assert len(text.splitlines()) == 1 + 2  # a sentence for each, and not for each case
+    assert discover(tmp_path, patterns={"t1": "T1_n4.nii.gz"}, label_pattern="r*ter1_m*sk.nii.gz").modalities
+    none = problem(tmp_path, patterns={"t1": "*_N4*"}, label_pattern="*roi*")
+    assert none.endswith("has a label: no file of a case fits the label pattern *roi*")
+    pet = problem(tmp_path, patterns={"t1": "*_N4*", "pet": "*imgZ*"}, label_pattern="*rater1*")
+    assert "pet is in no case of" in pet
+    assert pet.endswith(": no file fits the pattern *imgZ*")
     found = discover(tmp_path, patterns={"t1": "*_N4*", "flair": "*/x_*"}, label_pattern="rater2*")
     assert found.modalities == ("t1", "flair")
     assert names(found)["a"] == {
@@ -285,7 +292,7 @@ def test_patterns_choose(tmp_path: Path) -> None:
         "label": "a/rater2_mask.nii.gz",
     }
     twice = problem(tmp_path, patterns={"t1": "*T1_n4*", "flair": "*n4*"}, label_pattern="rater2*")
-    assert "a/T1_n4.nii.gz may be t1 or flair by its name" in twice
+    assert "a/T1_n4.nii.gz and 1 more may be t1 or flair by name" in twice
     assert "expected names of modalities such as x_y" in problem(tmp_path, patterns={"$x-y": "*"})
 
 
@@ -578,7 +585,10 @@ def test_one_modality_and_labels(tmp_path: Path) -> None:
 def test_unclear_names(tmp_path: Path) -> None:
     for case in ("a", "b"):
         touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("flair", "t1_t2", "t1", "seg")))
-    assert "a/t1_t2.nii.gz may be t1 or t2 by its name: give patterns, such as t1=*T1*" in problem(tmp_path)
+    told = 'a/t1_t2.nii.gz and 1 more may be t1 or t2 by name: give patterns, such as --modality "t1=*T1*"'
+    assert told in problem(tmp_path)
+    assert told in problem(tmp_path, modalities=["flair", "t1"])
+    assert "one modality only" in problem(tmp_path, modalities=["flair"])  # and no word of what is not asked for
     other = tmp_path / "other"
     for case in ("a", "b"):
         touch(other / case / "flair.nii.gz", other / case / "t1.nii.gz")
@@ -692,8 +702,10 @@ def test_several_modalities_with_two_files(tmp_path: Path) -> None:
     """Patterns for some modalities need the names of all, or the others would be left out."""
     for case in ("p01", "p02"):
         touch(*(tmp_path / f"{case}_{name}.nii.gz" for name in ("T1", "T1_n4", "T2", "T2_n4", "FLAIR", "seg")))
-    advice = '--modality "t1=*_T1.nii.gz" --modalities flair,t1,t2, for example'
-    assert advice in problem(tmp_path)
+    advice = '--modality "t1=*_T1.nii.gz" --modality "t2=*_T2.nii.gz" --modalities flair,t1,t2, for example'
+    assert problem(tmp_path).count(advice) == 2
+    patterns = {"t1": "*_T1.nii.gz", "t2": "*_T2.nii.gz"}
+    assert discover(tmp_path, patterns=patterns, modalities=["flair", "t1", "t2"]).modalities == ("flair", "t1", "t2")
 
 
 def test_time_points_are_no_versions(tmp_path: Path) -> None:
