@@ -30,11 +30,13 @@ from monai_cggm.errors import DataError
 #: Folders that say nothing about the case.
 _CONTAINERS = {"image", "images", "img", "imgs", "data", "scan", "scans", "volume", "volumes"}
 _CONTAINERS |= {"nifti", "niftis", "nii", "dicom", "dicoms", "dcm", "raw"}
-_SESSION = re.compile(
-    r"((ses(s|sion)?|visit|tp|time(point)?|week|month|year|baseline|bl|fu|follow[-_ ]?up|pre|post|preop|postop)"
-    r"[-_ ]?\d{0,8}|ses-\w+|(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d)",
-    re.IGNORECASE,
+_VISIT = (
+    r"(ses(s|sion)?|visit|tp|time(point)?|week|month|year|baseline|bl|fu|follow[-_ ]?up|pre|post|preop|postop)"
+    r"[-_ ]?\d{0,8}|ses-\w+"
 )
+_SESSION = re.compile(rf"({_VISIT}|(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d)", re.IGNORECASE)
+#: An ID with a time point at its end. What stands before it is a patient's where it has a digit: all may be scan_post.
+_ID_OF_VISIT = re.compile(rf"(?P<patient>.*\d.*?)[-_ .]+({_VISIT})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,10 @@ def recognise(
     else:
         ids, more = _file_ids(list(groups)), []
     cases = [_case(*ids[place], items, root) for place, items in groups.items()]
+    visits = Counter(case.patient for case in cases if _ID_OF_VISIT.fullmatch(case.case_id))
+    several = sorted(patient for patient, count in visits.items() if count > 1)
+    if several and not more:
+        more.append(f"Time points at the end of a name are one patient's ({some(several, 3)}).")
     found = {key for case in cases for key in case.images}
     modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
     return Draft(layout, cases, modalities, notes=[*notes, *more], problems=problems)
@@ -343,7 +349,18 @@ def _file_ids(places: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[
     """Place -> ID and patient of cases whose files lie side by side."""
     unique = max(Counter(place[-1] for place in places).values(), default=1) == 1
     ids = {place: place[-1] if unique else "_".join(place) for place in places}
-    return {place: (case_id, patient_of(case_id)) for place, case_id in ids.items()}
+    return {place: (case_id, _patient_in(case_id)) for place, case_id in ids.items()}
+
+
+def _patient_in(case_id: str) -> str:
+    """The patient's part of an ID.
+
+    Example:
+        >>> [_patient_in(i) for i in ("p01_ses1", "patient1_baseline", "sub-01_ses-1", "BraTS-GLI-00000-000", "a_post")]
+        ['p01', 'patient1', 'sub-01', 'BraTS-GLI-00000', 'a_post']
+    """
+    match = _ID_OF_VISIT.fullmatch(case_id)
+    return match["patient"] if match else patient_of(case_id)
 
 
 def _folder_ids(
@@ -369,7 +386,7 @@ def _folder_ids(
             or (not unique and len(parents) >= len(leaves))
         )
         patient = name[-2:][0] if distinct else "_".join(name[:-1])
-        ids[place] = case_id, patient if session else patient_of(case_id)
+        ids[place] = case_id, patient if session else _patient_in(case_id)
         above += [ids[place][1]] if session else []
     if above:
         return ids, [f"A patient's cases are in one folder, by its name ({some(sorted(set(above)), 3)})."]

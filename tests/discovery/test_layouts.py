@@ -708,6 +708,29 @@ def test_several_modalities_with_two_files(tmp_path: Path) -> None:
     assert discover(tmp_path, patterns=patterns, modalities=["flair", "t1", "t2"]).modalities == ("flair", "t1", "t2")
 
 
+@pytest.mark.parametrize(
+    ("visits", "patients"),
+    [
+        (("p01_ses1", "p01_ses2", "p02_ses1"), ("p01", "p01", "p02")),
+        (("patient1_baseline", "patient1_followup", "patient2_baseline"), ("patient1", "patient1", "patient2")),
+        (("sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1"), ("sub-01", "sub-01", "sub-02")),
+        (("p1-month06", "p1-month12", "p2-month06"), ("p1", "p1", "p2")),
+        (("alpha_fu1", "alpha_fu2", "beta_fu1"), ("alpha_fu1", "alpha_fu2", "beta_fu1")),
+    ],
+)
+@pytest.mark.parametrize("flat", [True, False])
+def test_time_points_in_names_are_one_patients(
+    tmp_path: Path, visits: tuple[str, ...], patients: tuple[str, ...], flat: bool
+) -> None:
+    for visit in visits:
+        place = tmp_path if flat else tmp_path / visit
+        touch(*(place / (f"{visit}_{name}.nii.gz" if flat else f"{name}.nii.gz") for name in ("FLAIR", "T1", "seg")))
+    found = discover(tmp_path)
+    assert {case.case_id: case.patient for case in found.cases} == dict(zip(visits, patients, strict=True))
+    told = [note for note in found.notes if note.startswith("Time points at the end of a name are one patient's")]
+    assert len(told) == (len(set(patients)) < 3)
+
+
 def test_time_points_are_no_versions(tmp_path: Path) -> None:
     for name in ("p1_T1", "p1_T2", "p1_seg", "p1_2_T1", "p1_2_seg", "q_T1", "q_T2", "q_seg", "q_T1_2", "q_T2_2"):
         touch(tmp_path / f"{name}.nii.gz")
