@@ -246,7 +246,7 @@ def read_gradients(run: Run) -> dict[str, np.ndarray] | str:
     if not path.is_file():
         return f"{run.name} has no gradients.npz"
     try:
-        with np.load(path) as stored:
+        with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in ("iteration", "classifier", "fusion", "modalities")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         return f"{run.name}/gradients.npz cannot be read ({error})"

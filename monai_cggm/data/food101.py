@@ -646,7 +646,7 @@ def _encode(
     workers: int,
 ) -> None:
     names = ("vision", "text") if tokens == "cls" else ("vision", "text", "text_lengths")
-    arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in names}
+    arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in names}
     task = bar.add_task("Encoding", total=len(samples), completed=done)
     batches = [samples[start : start + batch_size] for start in range(done, len(samples), batch_size)]
     with ThreadPoolExecutor(workers) as pool, _inference():

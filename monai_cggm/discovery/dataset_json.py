@@ -79,6 +79,7 @@ def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
     kind = "an nnU-Net folder" if draft.layout == "nnunet" else "a Decathlon folder, one 4-D file a case"
     draft.notes = [f"{DATASET} describes {kind}: {named}, in this order.", *notes, *draft.notes]
     draft.label_names = label_names
+    draft.label_regions = label_regions_of(content.get("labels"), where)
     return draft
 
 
@@ -154,7 +155,7 @@ def label_names_of(labels: Any, where: Path, notes: list[str]) -> dict[int, str]
     for key, value in labels.items():
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(value, list):
-            notes.append(f"{where.name} joins label values to regions ({key}: {value}): no names for single values.")
+            notes.append(f"{where.name} joins label values to regions ({key}: {value}); single values have no names.")
             return None
         name, number = (key, value) if isinstance(value, int) else (value, key)
         try:
@@ -165,6 +166,33 @@ def label_names_of(labels: Any, where: Path, notes: list[str]) -> dict[int, str]
     if safe != names:
         notes.append(f"Names of labels without $, @ and %: {some(safe[v] for v in safe if safe[v] != names[v])}.")
     return dict(sorted(safe.items()))
+
+
+def label_regions_of(labels: Any, where: Path) -> dict[str, tuple[int, ...]]:
+    """Regions of several label values that nnU-Net's labels name, and with them those of one; none without the former.
+
+    Args:
+        labels: what a JSON file says, understood by :func:`label_names_of`.
+        where: the file, for messages.
+
+    Raises:
+        DataError: where a region is not made of whole numbers.
+
+    Example:
+        >>> label_regions_of({"background": 0, "whole tumour": [1, 2], "core": 2}, Path("dataset.json"))
+        {'whole_tumour': (1, 2), 'core': (2,)}
+    """
+    if not isinstance(labels, dict) or not any(isinstance(v, list) and len(v) > 1 for v in labels.values()):
+        return {}
+    regions = {}
+    for key, value in labels.items():
+        values = tuple(value if isinstance(value, list) else [value])
+        if not all(type(one) is int for one in values):
+            raise DataError([f"{where}: region {key!r}: {value!r}, expected whole numbers"])
+        if set(values) != {0}:
+            name = re.sub(r"[^A-Za-z0-9]+", "_", str(key)).strip("_")
+            regions[name if name[:1].isalpha() else f"region_{name}"] = values
+    return regions
 
 
 def _nnunet(

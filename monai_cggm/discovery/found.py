@@ -92,6 +92,7 @@ class Found:
             otherwise; the notes say which.
         cases: the cases.
         label_names: value in the label files -> name, None where nothing tells it.
+        label_regions: region -> values in the label files, where the data set joins values to regions.
         notes: sentences about what was recognised and how.
     """
 
@@ -101,6 +102,7 @@ class Found:
     cases: tuple[FoundCase, ...]
     label_names: Mapping[int, str] | None = None
     notes: tuple[str, ...] = ()
+    label_regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def without(self, case_ids: Sequence[str]) -> Found:
         """The same without some cases."""
@@ -121,6 +123,7 @@ class Draft:
     label_names: Mapping[int, str] | None = None
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    label_regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def discover(
     if any(volume.kind == "dicom" for case in cases for volume in case.images.values()):
         notes.append("Case IDs are names of folders: see that none of them is the name of a person.")
     notes += [f"{key} is missing in {_of_cases(cases, key)}." for key in order if _lacking(cases, key)]
-    return Found(path, draft.layout, order, tuple(cases), draft.label_names, tuple(notes))
+    return Found(path, draft.layout, order, tuple(cases), draft.label_names, tuple(notes), draft.label_regions)
 
 
 def _draft(

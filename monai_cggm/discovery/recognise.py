@@ -312,8 +312,11 @@ def _with_versions(groups: Mapping[str, list[_Named]], place: Sequence[str]) -> 
     """Groups of files by ID, where other versions of a case's files (``p01_T2_reg`` beside ``p01_T2``) are that case's.
 
     They are told from another case (``p01_2_T2``, or ``p01_T1_2``, ``p01_T2_2`` and ``p01_seg_2``) by what they lack,
-    and by the ID standing alone in front of the modality's name or, for one file, being the folder's name.
+    and by the ID standing alone in front of the modality's name or, for one file, being the folder's name. Where names
+    of several modalities have no ID (``T1`` and ``FLAIR`` beside ``T1_reg`` and ``FLAIR_reg``), all are one case's.
     """
+    if len({item.key for item in groups.get("", ())}) > 1:
+        return {"": [item for items in groups.values() for item in items]}
     keys = {name: {item.key for item in items} for name, items in groups.items()}
     bases: dict[str, str] = {}
     for name, items in groups.items():

@@ -111,7 +111,7 @@ class GradientRecorder:
         if engine.state.iteration == 0:  # another run's, in the same folder
             self.path.unlink()
             return
-        with np.load(self.path) as stored:
+        with np.load(self.path, allow_pickle=False) as stored:
             modalities, kept = stored["modalities"].tolist(), stored["dimensions"]
             arrays = stored["iteration"].tolist(), stored["classifier"], stored["fusion"]
         expected = self._dimensions(method.head.weight.numel())

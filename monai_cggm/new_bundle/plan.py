@@ -155,7 +155,7 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
     _check(wishes)
     classes = _classes(found, survey)
     number = {value: index for index, value in enumerate(classes)}
-    regions = _regions(wishes.regions, classes, number)
+    regions = _regions(wishes.regions or found.label_regions, classes, number)
     spacing = _by_axis(survey.cases, "spacing")
     axis, dims, why = _dimensions(spacing, wishes.spatial_dims)
     orientation = ORIENTATIONS[axis]
@@ -212,12 +212,18 @@ def check_wishes(found: Found, wishes: Wishes) -> None:
         wishes: what wins over the data.
 
     Raises:
-        DataError: for regions of impossible names, and floors of no modality or that are no number.
+        DataError: for regions of impossible names, floors of no modality or that are no number, and a label that is to
+            be ignored.
         ValueError: where a wish makes no sense for any data.
     """
     _check(wishes)
     problems = [_REGION_NAME.format(name) for name in wishes.regions if not _is_region(name)]
     problems += floor_problems(found.modalities, wishes.floors)
+    if "ignore" in map(str.lower, (*(found.label_names or {}).values(), *found.label_regions)):
+        problems.append(
+            f"{found.source} has a label named ignore, whose voxels are to be left out of training, which is not done "
+            "here: give them another label or the background's, in the files and where they are described"
+        )
     if problems:
         raise DataError(problems)
 

@@ -15,6 +15,7 @@ import yaml
 from monai_cggm.data.splits import PART_OF, PARTS, Split, check_patients, fold_splits, split_cases, write_split
 from monai_cggm.discovery import Found, Survey, survey_cases, write_datalist
 from monai_cggm.discovery.convert import refuse_folder
+from monai_cggm.discovery.names import NAMES
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 from monai_cggm.new_bundle.background import plain_number, with_background
@@ -333,7 +334,7 @@ def _metadata(plan: BundlePlan) -> dict[str, Any]:
     shape = ["*"] * plan.spatial_dims
     formats = content["network_data_format"]
     formats["inputs"]["image"] |= {
-        "modality": "/".join(dict.fromkeys(_KINDS.get(name, "MR") for name in plan.modalities)),
+        "modality": "/".join(dict.fromkeys(_kind(name) for name in plan.modalities)),
         "num_channels": len(modalities),
         "spatial_shape": shape,
         "channel_def": modalities,
@@ -342,4 +343,16 @@ def _metadata(plan: BundlePlan) -> dict[str, Any]:
     return content
 
 
-_KINDS = {"ct": "CT", "pet": "PT"}
+def _kind(modality: str) -> str:
+    """The machine that an image is of, by its name, in DICOM's words; unknown where the name tells nothing.
+
+    Example:
+        >>> [_kind(name) for name in ("flair", "cta", "suv", "cbf", "zscore_1")]
+        ['MR', 'CT', 'PT', 'unknown', 'unknown']
+    """
+    if modality in ("ct", "cta", "ctp", "ctres"):
+        return "CT"
+    if modality in ("pet", "suv"):
+        return "PT"
+    # perfusion is measured by both
+    return "MR" if modality in NAMES and modality not in ("cbf", "cbv", "mtt", "tmax", "ttp") else "unknown"

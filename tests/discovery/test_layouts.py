@@ -386,6 +386,12 @@ def test_nnunet_with_regions_and_equal_channels(tmp_path: Path) -> None:
     assert found.modalities == ("zscore_0", "zscore_1")
     assert found.label_names is None
     assert any("joins label values to regions" in note for note in found.notes)
+    assert found.label_regions == {"whole": (1, 2), "core": (2,)}
+    dataset_json(tmp_path, content | {"labels": {"background": 0, "whole": 1, "core": [2]}})
+    assert (found := discover(tmp_path)).label_regions == {}
+    assert found.label_names == {0: "background", 1: "whole", 2: "core"}
+    dataset_json(tmp_path, content | {"labels": {"background": 0, "whole": [1, "2"]}})
+    assert "region 'whole': [1, '2'], expected whole numbers" in problem(tmp_path)
 
 
 def test_nnunet_with_files_elsewhere(tmp_path: Path) -> None:
@@ -706,6 +712,24 @@ def test_several_modalities_with_two_files(tmp_path: Path) -> None:
     assert problem(tmp_path).count(advice) == 2
     patterns = {"t1": "*_T1.nii.gz", "t2": "*_T2.nii.gz"}
     assert discover(tmp_path, patterns=patterns, modalities=["flair", "t1", "t2"]).modalities == ("flair", "t1", "t2")
+
+
+@pytest.mark.parametrize("case", ["p{}", "."])
+@pytest.mark.parametrize(
+    "versions", [("T1", "T1_n4", "FLAIR", "FLAIR_n4", "seg"), ("T1", "T1_reg", "seg", "seg_reg", "T2")]
+)
+def test_versions_of_files_without_an_id_are_no_cases(tmp_path: Path, versions: tuple[str, ...], case: str) -> None:
+    """Two versions of each file are not two patients, of whom one trains and the other tests."""
+    for number in (1, 2, 3):
+        touch(*(tmp_path / case.format(number) / f"{name}.nii.gz" for name in versions))
+    first = "p1" if case == "p{}" else tmp_path.name
+    for need_label in (True, False):
+        text = problem(tmp_path, need_label=need_label)
+        assert f"case {first}: 2 files may be t1, expected one (" in text
+        assert "is missing" not in text
+    patterns = {key: f"{key.upper()}.nii.gz" for key in ("t1", "flair" if "FLAIR" in versions else "t2")}
+    found = discover(tmp_path, patterns=patterns, label_pattern="seg.nii.gz")
+    assert [case.case_id for case in found.cases] == (["p1", "p2", "p3"] if case == "p{}" else [first])
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,24 @@ def test_a_patient_in_two_parts_of_a_datalist(tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_regions_and_ignored_voxels_of_nnunet(tmp_path):
+    source = nnunet(tmp_path / "data")
+    content = json.loads((source / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "whole gland": [1, 2], "peripheral": 2}
+    (source / "dataset.json").write_text(json.dumps(content))
+    bundle = made(tmp_path, source)
+    assert train_config(bundle.folder)["regions"] == {"whole_gland": [1, 2], "peripheral": [2]}
+    other = new_bundle(
+        discover(source), tmp_path / "wish", Wishes(network="small", regions={"TZ": [1]}), progress=False
+    )
+    assert train_config(other.folder)["regions"] == {"TZ": [1]}
+    for labels in ({"background": 0, "gland": 1, "ignore": 2}, {"background": 0, "gland": [1, 3], "ignore": 2}):
+        (source / "dataset.json").write_text(json.dumps(content | {"labels": labels}))
+        with pytest.raises(DataError, match="has a label named ignore, whose voxels are to be left out of training"):
+            new_bundle(discover(source), tmp_path / "no", Wishes(network="small"), progress=False)
+        assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
