@@ -270,8 +270,15 @@ def _draw(patients: Mapping[str, list[str]], targets: Sequence[int], seed: int, 
     for patient in left:
         rooms = [target - len(part) for target, part in zip(targets, parts, strict=True)]
         parts[rooms.index(max(rooms))].update(patients[patient])
-    if any(target > 0 and not part for target, part in zip(targets, parts, strict=True)):
-        raise DataError([f"{len(patients)} patients cannot fill the parts of the split: one would be empty"])
+    for part in (part for target, part in zip(targets, parts, strict=True) if target > 0 and not part):
+        # few patients with several cases each: the part with most patients gives its smallest
+        inside = [[name for name in order if set(patients[name]) <= other] for other in parts]
+        most = max(inside, key=len)
+        if len(most) < 2:
+            raise DataError([f"{len(patients)} patients cannot fill the parts of the split: one would be empty"])
+        given = set(patients[min(most, key=lambda name: len(patients[name]))])
+        parts[inside.index(most)] -= given
+        part |= given
     return dict(zip(PARTS, parts, strict=True))
 
 

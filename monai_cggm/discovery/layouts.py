@@ -30,7 +30,7 @@ from monai_cggm.data.layouts import is_safe_id
 from monai_cggm.discovery.dataset_json import DATASET, described_dataset, read_dataset_json
 from monai_cggm.discovery.described import is_bids, read_bids, read_datalist
 from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, list_volumes
-from monai_cggm.discovery.names import modality_of, some, vocabulary_of
+from monai_cggm.discovery.names import modality_of, patients_in, some, vocabulary_of
 from monai_cggm.discovery.recognise import recognise
 from monai_cggm.errors import CaseError, DataError
 
@@ -96,6 +96,9 @@ def discover(
     cases = [
         replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in draft.cases
     ]
+    if draft.layout in ("nnunet", "msd"):  # whose IDs are all that tells patients
+        patients = patients_in([case.case_id for case in cases])
+        cases = [replace(case, patient=patient) for case, patient in zip(cases, patients, strict=True)]
     lacking = [case for case in cases if not case.images]
     cases, repeated = _with_repeated([case for case in cases if case.images])
     if repeated and not keep_bad:
@@ -234,7 +237,7 @@ def _missing(
             )
     training = [case for case in cases if case.section != "test"]
     without = [case for case in training if case.label is None]
-    if need_label and len(without) == len(training) and label_pattern:
+    if need_label and training and len(without) == len(training) and label_pattern:
         problems.append(f"no case in {path} has a label: no file of a case fits the label pattern {label_pattern}")
     elif need_label and len(without) == len(training):
         problems.append(

@@ -13,11 +13,13 @@ from monai_cggm.data.layouts import LABEL, patient_of
 from monai_cggm.discovery.found import Draft, FoundCase, Source, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
+    VISITS,
     Vocabulary,
     fits,
     key_of,
     key_of_description,
     matches_in,
+    patients_in,
     slug_of,
     some,
     without_words,
@@ -30,13 +32,7 @@ from monai_cggm.errors import DataError
 #: Folders that say nothing about the case.
 _CONTAINERS = {"image", "images", "img", "imgs", "data", "scan", "scans", "volume", "volumes"}
 _CONTAINERS |= {"nifti", "niftis", "nii", "dicom", "dicoms", "dcm", "raw"}
-_VISIT = (
-    r"(ses(s|sion)?|visit|tp|time(point)?|week|month|year|baseline|bl|fu|follow[-_ ]?up|pre|post|preop|postop)"
-    r"[-_ ]?\d{0,8}|ses-\w+"
-)
-_SESSION = re.compile(rf"({_VISIT}|(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d)", re.IGNORECASE)
-#: An ID with a time point at its end. What stands before it is a patient's where it has a digit: all may be scan_post.
-_ID_OF_VISIT = re.compile(rf"(?P<patient>.*\d.*?)[-_ .]+({_VISIT})", re.IGNORECASE)
+_SESSION = re.compile(rf"({VISITS}[-_ ]?\d{{0,8}}|ses-\w+|(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def recognise(
     else:
         ids, more = _file_ids(list(groups)), []
     cases = [_case(*ids[place], items, root) for place, items in groups.items()]
-    visits = Counter(case.patient for case in cases if _ID_OF_VISIT.fullmatch(case.case_id))
+    visits = Counter(c.patient for c in cases if c.patient not in (c.case_id, patient_of(c.case_id)))
     several = sorted(patient for patient, count in visits.items() if count > 1)
     if several and not more:
         more.append(f"Time points at the end of a name are one patient's ({some(several, 3)}).")
@@ -350,20 +346,18 @@ def _flat_ids(items: Sequence[_Named]) -> dict[int, str]:
 
 def _file_ids(places: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[str, str]]:
     """Place -> ID and patient of cases whose files lie side by side."""
-    unique = max(Counter(place[-1] for place in places).values(), default=1) == 1
+    leaves, parents = Counter(place[-1] for place in places), Counter(place[:-1] for place in places)
+    unique = max(leaves.values(), default=1) == 1
+    few = len(parents) > 2 and max(parents.values()) <= 12  # HGG/HGG_001_T1 is no patient's folder
+    distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
     ids = {place: place[-1] if unique else "_".join(place) for place in places}
-    return {place: (case_id, _patient_in(case_id)) for place, case_id in ids.items()}
-
-
-def _patient_in(case_id: str) -> str:
-    """The patient's part of an ID.
-
-    Example:
-        >>> [_patient_in(i) for i in ("p01_ses1", "patient1_baseline", "sub-01_ses-1", "BraTS-GLI-00000-000", "a_post")]
-        ['p01', 'patient1', 'sub-01', 'BraTS-GLI-00000', 'a_post']
-    """
-    match = _ID_OF_VISIT.fullmatch(case_id)
-    return match["patient"] if match else patient_of(case_id)
+    patients = dict(zip(places, patients_in([ids[place] for place in places]), strict=True))
+    for place in places:
+        # As many folders as different names in them, or more: the names are visits or versions, not patients.
+        recurring = not unique and len(parents) >= len(leaves)
+        if len(place) > 1 and len(parents) > 1 and (recurring or (few and place[-1].startswith(place[-2]))):
+            patients[place] = place[-2] if distinct else "_".join(place[:-1])
+    return {place: (ids[place], patients[place]) for place in places}
 
 
 def _folder_ids(
@@ -380,8 +374,8 @@ def _folder_ids(
     distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
     ids: dict[tuple[str, ...], tuple[str, str]] = {}
     above = []
-    for place, name in zip(places, names, strict=True):
-        case_id = name[-1] if unique else "_".join(name)
+    case_ids = [name[-1] if unique else "_".join(name) for name in names]
+    for place, name, case_id, own in zip(places, names, case_ids, patients_in(case_ids), strict=True):
         session = len(name) > 1 and (
             _SESSION.fullmatch(name[-1]) is not None
             or (name[-1].startswith(name[-2]) and few)
@@ -389,7 +383,7 @@ def _folder_ids(
             or (not unique and len(parents) >= len(leaves))
         )
         patient = name[-2:][0] if distinct else "_".join(name[:-1])
-        ids[place] = case_id, patient if session else _patient_in(case_id)
+        ids[place] = case_id, patient if session else own
         above += [ids[place][1]] if session else []
     if above:
         return ids, [f"A patient's cases are in one folder, by its name ({some(sorted(set(above)), 3)})."]

@@ -244,7 +244,8 @@ def _check(wishes: Wishes) -> None:
 
 def _classes(found: Found, survey: Survey) -> dict[int, str]:
     """Value -> name, the background first; every value that the labels have or that the data set names."""
-    values = sorted({0, *survey.label_values, *(found.label_names or {})})
+    of_regions = {value for values in found.label_regions.values() for value in values}
+    values = sorted({0, *survey.label_values, *(found.label_names or {}), *of_regions})
     if len(values) < 2:
         raise DataError([f"the labels of {found.source} hold 0 only: is the right file the label?"])
     if 0 not in survey.label_values:

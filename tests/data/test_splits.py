@@ -289,3 +289,17 @@ def test_a_draw_keeps_a_patient_together_whom_the_data_part(seed: int) -> None:
     cases = [*(own(str(i), "train" if i < 3 else "test") for i in range(5)), *singles(30)]
     split = split_cases(cases, seed=seed)
     assert sum(any(item.get("patient") == "p" for item in items) for items in split.values()) == 1
+
+
+@pytest.mark.parametrize(("patients", "visits"), [(3, 2), (4, 2), (5, 2), (4, 4), (5, 3), (3, 7)])
+def test_few_patients_with_several_cases_fill_all_parts(patients: int, visits: int):
+    items = [{"case": f"p{p}_v{v}", "patient": f"p{p}"} for p in range(patients) for v in range(visits)]
+    for seed in range(5):
+        split = split_cases(items, seed=seed)
+        inside = {part: {item["patient"] for item in chosen} for part, chosen in split.items()}
+        assert all(inside.values()), (seed, inside)
+        assert sum(map(len, inside.values())) == patients
+        assert sum(map(len, split.values())) == len(items)
+        assert len(inside["train"]) >= max(map(len, inside.values()))
+    with pytest.raises(DataError, match="2 patients cannot fill the parts"):
+        split_cases(items[: 2 * visits])

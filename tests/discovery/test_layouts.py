@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -753,6 +755,42 @@ def test_time_points_in_names_are_one_patients(
     assert {case.case_id: case.patient for case in found.cases} == dict(zip(visits, patients, strict=True))
     told = [note for note in found.notes if note.startswith("Time points at the end of a name are one patient's")]
     assert len(told) == (len(set(patients)) < 3)
+
+
+@pytest.mark.parametrize(
+    "names_of",
+    [
+        lambda case: [f"{name}_{version}" for version in ("native", "mni") for name in ("T1", "FLAIR", "seg")],
+        lambda case: [f"{case}_{name}{version}" for version in ("", "_reg") for name in ("T1", "FLAIR", "seg")],
+    ],
+)
+def test_what_lies_in_a_patients_folder_is_that_patients(tmp_path: Path, names_of: Callable[[str], list[str]]) -> None:
+    for case in ("p01", "p02", "p03"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in names_of(case)))
+    found = discover(tmp_path)
+    assert len(found.cases) == 6
+    assert Counter(case.patient for case in found.cases) == {"p01": 2, "p02": 2, "p03": 2}
+
+
+def test_folders_of_sites_are_no_patients(tmp_path: Path) -> None:
+    for site in ("north", "south"):
+        for case in ("p01", "p02", "p03"):
+            touch(*(tmp_path / site / f"{case}_{name}.nii.gz" for name in ("T1", "FLAIR", "seg")))
+    assert len({case.patient for case in discover(tmp_path).cases}) == 6
+
+
+def test_running_numbers_are_no_time_points(tmp_path: Path) -> None:
+    for case in ("site1_post_001", "site1_post_002", "site2_pre_001"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("T1", "FLAIR", "seg")))
+    assert {case.patient for case in discover(tmp_path).cases} == {"site1_post_001", "site1_post_002", "site2_pre_001"}
+
+
+def test_time_points_in_nnunet(tmp_path: Path) -> None:
+    dataset_json(tmp_path, {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}})
+    for case in ("p01_ses1", "p01_ses2", "p02_ses1"):
+        touch(*(tmp_path / f"imagesTr/{case}_000{channel}.nii.gz" for channel in (0, 1)))
+        touch(tmp_path / f"labelsTr/{case}.nii.gz")
+    assert [case.patient for case in discover(tmp_path).cases] == ["p01", "p01", "p02"]
 
 
 def test_time_points_are_no_versions(tmp_path: Path) -> None:
