@@ -277,9 +277,8 @@ def goals() -> str:
                 f"{ratio(numbers, 'cggm')}; {also} in other runs",
             ]
         )
-    rows.append(
-        ["the classifiers' parameters, the paper's size", "≤ 8 MB", f"{numbers_of_paper()['megabytes']:.1f} MB"]
-    )
+    own = read("step_paper")["sizes"]["paper"]["classifiers"]
+    rows.append(["the classifiers' parameters, the paper's size", "≤ 8 MB", f"{own['megabytes']:.1f} MB"])
     measured = read("data")["measured"]
     for way, words, least in (("persistent", "`PersistentDataset`", 10), ("hdf5", "HDF5, whole volumes", 20)):
         found = {
@@ -311,12 +310,6 @@ def goals() -> str:
         ]
     )
     return table(["what", "wanted", "measured"], rows)
-
-
-def numbers_of_paper() -> dict[str, Any]:
-    """The classifiers at the paper's size."""
-    own: dict[str, Any] = read("step_paper")["sizes"]["paper"]["classifiers"]
-    return own
 
 
 MAKERS: dict[str, Callable[[], str]] = {

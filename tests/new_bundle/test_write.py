@@ -127,27 +127,6 @@ def test_cases_without_a_label_are_left_out_and_folds_cover_all_others(tmp_path)
     assert "p04" not in (bundle.folder / "datalist.json").read_text()
 
 
-def test_the_parts_of_a_datalist_are_kept(tmp_path):
-    source = folders(tmp_path / "data")
-    parts = {"training": PATIENTS[:2], "validation": PATIENTS[2:3], "test": PATIENTS[3:]}
-    content = {
-        part: [
-            {"case": p, "t2": f"{p}/{p}_T2.nii.gz", "adc": f"{p}/{p}_ADC.nii.gz", "label": f"{p}/{p}_seg.nii.gz"}
-            for p in patients
-        ]
-        for part, patients in parts.items()
-    }
-    (source / "mine.json").write_text(json.dumps(content))
-    bundle = made(tmp_path, source / "mine.json")
-    content["test"][0]["labels"] = "brats2018"
-    (source / "mixed.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"different label conventions \(p03 none, p04 brats2018\)"):
-        new_bundle(discover(source / "mixed.json"), tmp_path / "no", progress=False)
-    split = json.loads((bundle.folder / "split.json").read_text())
-    assert (split["train"], split["validation"], split["test"]) == (["p01", "p02"], ["p03"], ["p04"])
-    assert bundle.parts_from == "the data set's own"
-
-
 def a_datalist(source: Path, **parts: Sequence[str]) -> Path:
     content = {
         part: [
@@ -158,6 +137,20 @@ def a_datalist(source: Path, **parts: Sequence[str]) -> Path:
     }
     (source / "mine.json").write_text(json.dumps(content))
     return source / "mine.json"
+
+
+def test_the_parts_of_a_datalist_are_kept(tmp_path):
+    source = folders(tmp_path / "data")
+    path = a_datalist(source, training=PATIENTS[:2], validation=PATIENTS[2:3], test=PATIENTS[3:])
+    bundle = made(tmp_path, path)
+    content = json.loads(path.read_text())
+    content["test"][0]["labels"] = "brats2018"
+    (source / "mixed.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"different label conventions \(p03 none, p04 brats2018\)"):
+        new_bundle(discover(source / "mixed.json"), tmp_path / "no", progress=False)
+    split = json.loads((bundle.folder / "split.json").read_text())
+    assert (split["train"], split["validation"], split["test"]) == (["p01", "p02"], ["p03"], ["p04"])
+    assert bundle.parts_from == "the data set's own"
 
 
 @pytest.mark.parametrize(("told", "lacking"), [("test", "validation"), ("validation", "test")])
