@@ -511,7 +511,9 @@ def to_nnunet(
     modalities: FoundModalities = None,
     region: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUES", help="Train on regions, such as WT=1,2,4; default: on the labels."),
+        typer.Option(
+            metavar="NAME=VALUES", help="Train on regions, such as WT=1,2,4; default: the data set's own, else labels."
+        ),
     ] = None,
     workers: Workers = WORKERS,
 ) -> None:

@@ -22,7 +22,8 @@ from monai_cggm.data.labels import (
     to_classes,
     to_labels,
 )
-from monai_cggm.data.layouts import Case, find_cases, is_safe_id, patient_of
+from monai_cggm.data.layouts import Case, find_cases, is_safe_id
+from monai_cggm.data.patients import patient_of, patients_in
 from monai_cggm.data.phantom import write_phantoms
 from monai_cggm.data.slices import EpochSampler, SliceDataset
 from monai_cggm.data.splits import check_plan, fold_splits, part_of, split_cases, write_split
@@ -55,6 +56,7 @@ __all__ = [
     "modalities_in",
     "part_of",
     "patient_of",
+    "patients_in",
     "split_cases",
     "split_features",
     "to_classes",

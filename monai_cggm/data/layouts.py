@@ -7,11 +7,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from monai_cggm.data.labels import convention_for
+from monai_cggm.data.patients import patient_of, patients_in
 from monai_cggm.errors import CaseError, DataError
 
 LABEL = "label"
@@ -28,10 +29,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-_TIME_POINTS = (
-    re.compile(r"(?P<patient>brats1[789]_.+)_\d+", re.IGNORECASE),  # Brats18_CBICA_APZ_1
-    re.compile(r"(?P<patient>brats-[a-z]+-\d+)-\d+", re.IGNORECASE),  # BraTS-GLI-00000-000
-)
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,9 @@ def find_cases(source: str | Path, modalities: Sequence[str], *, labels: str | N
         {"training": [{"case": "p01", "labels": "brats2018", "flair": "p01/flair.nii.gz", "label": "p01/mask.nii.gz"}]}
 
     The sections ``training``, ``validation`` and ``test`` are read one after the other. ``case`` may be left out where
-    the file names give the ID (``p01_flair.nii.gz``), ``labels`` where the ID tells the convention; ``patient`` is
-    optional. ``labels`` may spell a map out, ``"0=0,1=1,4=2"`` (:func:`~monai_cggm.data.labels.label_convention`).
+    the file names give the ID (``p01_flair.nii.gz``), ``labels`` where the ID tells the convention; without
+    ``patient``, IDs tell the patients (:func:`~monai_cggm.data.patients.patients_in`). ``labels`` may spell a map out,
+    ``"0=0,1=1,4=2"`` (:func:`~monai_cggm.data.labels.label_convention`).
 
     Args:
         source: the folder, or the datalist's path.
@@ -111,25 +109,14 @@ def find_cases(source: str | Path, modalities: Sequence[str], *, labels: str | N
         convention_for("", labels)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _cases_in_folder(path, modalities, labels)
-    if path.is_file() and path.suffix.lower() == ".json":
-        return _cases_in_datalist(path, modalities, labels)
-    found = "does not exist" if not path.exists() else "is neither a folder nor a .json file"
-    raise DataError([f"{path} {found}: expected a folder of cases or a datalist (.json)"])
-
-
-def patient_of(case_id: str) -> str:
-    """The patient's part of an ID: the ID without its time point, where its release has one.
-
-    Example:
-        >>> [patient_of(i) for i in ("Brats18_CBICA_APZ_1", "BraTS-GLI-00000-000", "BraTS2021_00000")]
-        ['Brats18_CBICA_APZ', 'BraTS-GLI-00000', 'BraTS2021_00000']
-    """
-    for pattern in _TIME_POINTS:
-        match = pattern.fullmatch(case_id)
-        if match:
-            return match["patient"]
-    return case_id
+        cases = _cases_in_folder(path, modalities, labels)
+    elif path.is_file() and path.suffix.lower() == ".json":
+        cases = _cases_in_datalist(path, modalities, labels)
+    else:
+        found = "does not exist" if not path.exists() else "is neither a folder nor a .json file"
+        raise DataError([f"{path} {found}: expected a folder of cases or a datalist (.json)"])
+    patients = patients_in([case.case_id for case in cases])
+    return [replace(case, patient=case.patient or own) for case, own in zip(cases, patients, strict=True)]
 
 
 def is_safe_id(case_id: str) -> bool:
@@ -191,7 +178,6 @@ def _case_of_files(
         images={modality: files[modality][0] for modality in modalities if modality in files},
         label=files[LABEL][0] if LABEL in files else None,
         convention=_convention_or_none(case_id, labels),
-        patient=patient_of(case_id),
         folder=folder,
         problems=tuple(problems),
         strangers=tuple(sorted(strangers)),
@@ -280,7 +266,7 @@ def _case_of_entry(entry: Any, root: Path, modalities: Sequence[str], labels: st
         images={modality: paths[modality] for modality in modalities if modality in paths},
         label=paths.get(LABEL),
         convention=convention,
-        patient=_text_of(entry, "patient") or patient_of(case_id),
+        patient=_text_of(entry, "patient") or "",
         folder=next(iter(paths.values())).parent,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 
-from monai_cggm.data.layouts import patient_of
+from monai_cggm.data.patients import patient_of
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 

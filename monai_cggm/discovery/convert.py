@@ -68,8 +68,9 @@ def write_datalist(
 
     The datalist is in MONAI's style and what :func:`monai_cggm.data.layouts.find_cases` reads: lists under
     ``training``, ``validation``, ``test`` of items with ``case``, ``patient`` and one path a key, relative for files
-    below ``out`` and absolute for others; and ``labels``, the names of the label values, where they are known. It is
-    plain data, which no parser evaluates. The names of plain NIfTI files are in it: ``copy`` keeps them out too.
+    below ``out`` and absolute for others; and ``labels``, the names of the label values, and ``regions`` of them, where
+    they are known. It is plain data, which no parser evaluates. The names of plain NIfTI files are in it: ``copy``
+    keeps them out too.
 
     Args:
         found: see :func:`monai_cggm.discovery.discover`.
@@ -112,7 +113,7 @@ def write_datalist(
 
 
 def list_cases(found: Found, paths: Mapping[str, Mapping[str, Path]], folder: Path) -> list[dict[str, Any]]:
-    """Write ``datalist.json``: the cases by section and, where they are known, the names of the label values.
+    """Write ``datalist.json``: the cases by section and, where they are known, names of the label values and regions.
 
     Args:
         found: the cases and the names.
@@ -128,9 +129,12 @@ def list_cases(found: Found, paths: Mapping[str, Mapping[str, Path]], folder: Pa
         files = paths[case.case_id]
         items.append(_item(case, {key: str(path) for key, path in files.items()}))
         sections[case.section].append(_item(case, {key: _written(path, folder) for key, path in files.items()}))
-    # As in the Decathlon's dataset.json.
-    names = {"labels": {str(value): name for value, name in found.label_names.items()}} if found.label_names else {}
-    content = {**names, **{name: entries for name, entries in sections.items() if entries}}
+    content: dict[str, Any] = {}
+    if found.label_names:  # as in the Decathlon's dataset.json
+        content["labels"] = {str(value): name for value, name in found.label_names.items()}
+    if found.label_regions:
+        content["regions"] = {name: list(values) for name, values in found.label_regions.items()}
+    content |= {name: entries for name, entries in sections.items() if entries}
     with atomic_path(folder / DATALIST) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return items

@@ -6,17 +6,19 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_cggm.data.layouts import LABEL, patient_of
+from monai_cggm.data.layouts import LABEL
 from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, list_volumes, stem_of
 from monai_cggm.discovery.names import modality_of, some
 from monai_cggm.discovery.sources import read_grid
 from monai_cggm.errors import DataError
 
 DATASET = "dataset.json"
+#: nnU-Net's name for the label whose voxels train nothing.
+IGNORE = "ignore"
 _CHANNEL = re.compile(r"(?P<id>.+)_(?P<channel>\d{4})", re.DOTALL)
 #: What an evaluation of the parser could begin with: names from a file come into configurations.
 _EVALUATED = re.compile(r"[$@%\x00-\x1f]")
@@ -59,6 +61,7 @@ def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
     channels = _channels(content.get("channel_names", content.get("modality")), where)
     notes: list[str] = []
     label_names = label_names_of(content.get("labels"), where, notes)
+    regions = label_regions_of(content.get("labels"), where, notes)
     folders = {name: list_volumes(root / name) for name in ("imagesTr", "labelsTr", "imagesTs")}
     training = folders["imagesTr"].volumes
     if not training and not folders["imagesTr"].pictures and not isinstance(content.get("dataset"), dict):
@@ -79,7 +82,7 @@ def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
     kind = "an nnU-Net folder" if draft.layout == "nnunet" else "a Decathlon folder, one 4-D file a case"
     draft.notes = [f"{DATASET} describes {kind}: {named}, in this order.", *notes, *draft.notes]
     draft.label_names = label_names
-    draft.label_regions = label_regions_of(content.get("labels"), where)
+    draft.label_regions = regions
     return draft
 
 
@@ -155,44 +158,87 @@ def label_names_of(labels: Any, where: Path, notes: list[str]) -> dict[int, str]
     for key, value in labels.items():
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(value, list):
-            notes.append(f"{where.name} joins label values to regions ({key}: {value}); single values have no names.")
-            return None
+            continue  # a region, see label_regions_of
         name, number = (key, value) if isinstance(value, int) else (value, key)
         try:
             names[int(number)] = str(name)
         except (TypeError, ValueError) as error:
             raise DataError([f"{where}: label {key!r}: {value!r}, expected a whole number and a name"]) from error
+    if not names:
+        return None
     safe = {value: _EVALUATED.sub("", name).strip() or f"label_{value}" for value, name in names.items()}
     if safe != names:
         notes.append(f"Names of labels without $, @ and %: {some(safe[v] for v in safe if safe[v] != names[v])}.")
     return dict(sorted(safe.items()))
 
 
-def label_regions_of(labels: Any, where: Path) -> dict[str, tuple[int, ...]]:
+def label_regions_of(labels: Any, where: Path, notes: list[str]) -> dict[str, tuple[int, ...]]:
     """Regions of several label values that nnU-Net's labels name, and with them those of one; none without the former.
 
     Args:
         labels: what a JSON file says, understood by :func:`label_names_of`.
         where: the file, for messages.
+        notes: gets what the reader should know.
 
     Raises:
-        DataError: where a region is not made of whole numbers.
+        DataError: as :func:`regions_of`.
 
     Example:
-        >>> label_regions_of({"background": 0, "whole tumour": [1, 2], "core": 2}, Path("dataset.json"))
+        >>> labels = {"background": 0, "whole tumour": [1, 2], "core": 2, "ignore": 3}
+        >>> label_regions_of(labels, Path("dataset.json"), [])
         {'whole_tumour': (1, 2), 'core': (2,)}
     """
-    if not isinstance(labels, dict) or not any(isinstance(v, list) and len(v) > 1 for v in labels.values()):
+    if not isinstance(labels, dict) or not any(isinstance(v, list) and len(v) != 1 for v in labels.values()):
         return {}
-    regions = {}
-    for key, value in labels.items():
-        values = tuple(value if isinstance(value, list) else [value])
-        if not all(type(one) is int for one in values):
-            raise DataError([f"{where}: region {key!r}: {value!r}, expected whole numbers"])
-        if set(values) != {0}:
-            name = re.sub(r"[^A-Za-z0-9]+", "_", str(key)).strip("_")
-            regions[name if name[:1].isalpha() else f"region_{name}"] = values
+    named = {key: value for key, value in labels.items() if value not in (0, [0]) and str(key).lower() != IGNORE}
+    regions = regions_of(named, where)
+    notes.append(f"{where.name} joins label values to regions: {regions_in_words(regions)}.")
     return regions
+
+
+def regions_of(named: Any, where: Path) -> dict[str, tuple[int, ...]]:
+    """Regions under names that configurations and tables can have: letters, digits and ``_``, each once, none ``mean``.
+
+    Args:
+        named: region -> value or list of values, of a JSON file.
+        where: the file, for messages.
+
+    Raises:
+        DataError: where a region is not made of whole numbers other than 0.
+
+    Example:
+        >>> regions_of({"whole tumour": [1, 2], "whole_tumour": 2, "2nd": 1, "mean": 1}, Path("dataset.json"))
+        {'whole_tumour': (1, 2), 'whole_tumour_2': (2,), 'region_2nd': (1,), 'region_mean': (1,)}
+    """
+    if not isinstance(named, dict):
+        raise DataError([f"{where}: regions are {named!r}, expected names with label values"])
+    regions: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for key, value in named.items():
+        values = tuple(value if isinstance(value, list) else [value])
+        if not values or not all(type(one) is int and one != 0 for one in values):
+            problems.append(f"{where}: region {key!r}: {value!r}, expected whole numbers other than 0, the background")
+        name = re.sub(r"[^A-Za-z0-9]+", "_", str(key)).strip("_")
+        # Scores have a column of the regions' mean.
+        name = name if name[:1].isalpha() and name != "mean" else f"region_{name}"
+        unique, number = name, 1
+        while unique in regions:
+            number += 1
+            unique = f"{name}_{number}"
+        regions[unique] = values
+    if problems:
+        raise DataError(problems)
+    return regions
+
+
+def regions_in_words(regions: Mapping[str, Sequence[int]]) -> str:
+    """Regions as ``--region`` takes them.
+
+    Example:
+        >>> regions_in_words({"WT": (1, 2, 4), "ET": (4,)})
+        'WT=1,2,4; ET=4'
+    """
+    return "; ".join(f"{name}={','.join(map(str, values))}" for name, values in regions.items())
 
 
 def _nnunet(
@@ -217,7 +263,7 @@ def _nnunet(
         for case_id, files in sorted(groups.items()):
             images = {channels[number][0]: files[number] for number in channels if number in files}
             label = labels.get(case_id) if section == "training" else None
-            cases.append(FoundCase(case_id, patient_of(case_id), images, label, section, str(root / folder)))
+            cases.append(FoundCase(case_id, "", images, label, section, str(root / folder)))
     cases += _listed_elsewhere(content, root, channels, problems)
     strays = sorted(set(labels) - {case.case_id for case in cases})
     if strays:
@@ -240,7 +286,7 @@ def _listed_elsewhere(
             names = [name for name, _ in channels.values()]
             images = {name: listed_volume(text, root) for name, text in zip(names, entry["images"], strict=True)}
             label = listed_volume(entry["label"], root) if entry.get("label") else None
-            cases.append(FoundCase(case_id, patient_of(case_id), images, label, place=str(root / DATASET)))
+            cases.append(FoundCase(case_id, "", images, label, place=str(root / DATASET)))
         except ValueError as error:
             problems.append(f"case {case_id}: {error} ({root / DATASET})")
     return cases
@@ -267,7 +313,7 @@ def _decathlon(
                 for position, (name, _) in enumerate(channels.values())
             }
             case_id = stem_of(volume)
-            cases.append(FoundCase(case_id, patient_of(case_id), images, target, section, str(volume.path)))
+            cases.append(FoundCase(case_id, "", images, target, section, str(volume.path)))
     return Draft("msd", cases, tuple(name for name, _ in channels.values()), problems=problems)
 
 

@@ -9,8 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_cggm.data.layouts import LABEL, datalist_sections, patient_of
-from monai_cggm.discovery.dataset_json import channel_count, label_names_of, listed_volume, read_json, volume_at
+from monai_cggm.data.layouts import LABEL, datalist_sections
+from monai_cggm.discovery.dataset_json import (
+    channel_count,
+    label_names_of,
+    label_regions_of,
+    listed_volume,
+    read_json,
+    regions_in_words,
+    regions_of,
+    volume_at,
+)
 from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
@@ -106,7 +115,9 @@ def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
 
     Each case has one path a key (``flair``, ``label``), relative to the datalist or absolute; ``case``, ``patient`` and
     ``labels`` are optional. A case may instead have one 4-D file, or a list of files, under ``image``: then
-    ``modalities`` names its channels. The Decathlon's ``labels`` beside the lists names the label values.
+    ``modalities`` names its channels. Beside the lists, ``labels`` names the label values, as in the Decathlon, and
+    ``regions`` joins values to regions: ``{"WT": [1, 2, 4]}``. Without ``patient``, IDs tell the patients
+    (:func:`monai_cggm.data.patients.patients_in`).
 
     Args:
         path: the datalist.
@@ -131,7 +142,13 @@ def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
         raise DataError([*problems, *(str(error) for case in cases for error in case.errors())])
     order = tuple(dict.fromkeys(key for case in cases for key in case.images))
     notes.append(f"A datalist; modalities in its order: {', '.join(order)}.")
-    return Draft("datalist", cases, order, label_names_of(read_json(path).get("labels"), path, notes), notes)
+    content = read_json(path)
+    label_names = label_names_of(content.get("labels"), path, notes)
+    regions = label_regions_of(content.get("labels"), path, notes)
+    if "regions" in content:
+        regions = regions_of(content["regions"], path)
+        notes.append(f"Regions of label values: {regions_in_words(regions)}.")
+    return Draft("datalist", cases, order, label_names, notes, label_regions=regions)
 
 
 def _bids_keys(volume: Source, root: Path, chosen: Mapping[str, str], *, only: bool) -> list[str]:
@@ -172,7 +189,7 @@ def _entry_case(entry: Any, datalist: Path, section: str, index: int, modalities
         raise ValueError("has no 'case', and its file names give no common ID")
     return FoundCase(
         case_id,
-        _text(entry, "patient") or patient_of(case_id),
+        _text(entry, "patient") or "",
         images,
         label,
         section,

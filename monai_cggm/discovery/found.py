@@ -104,6 +104,17 @@ class Found:
     notes: tuple[str, ...] = ()
     label_regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def named_values(self) -> set[int]:
+        """Values in the label files that have a name or are in a region.
+
+        Example:
+            >>> found = Found(Path("d"), "nnunet", (), (), {0: "background"}, label_regions={"gland": (1, 2)})
+            >>> found.named_values
+            {0, 1, 2}
+        """
+        return set(self.label_names or {}).union(*self.label_regions.values())
+
     def without(self, case_ids: Sequence[str]) -> Found:
         """The same without some cases."""
         return replace(self, cases=tuple(case for case in self.cases if case.case_id not in set(case_ids)))
@@ -115,7 +126,10 @@ class Found:
 
 @dataclass
 class Draft:
-    """A layout's reading of a folder, before IDs are made safe and the whole is judged."""
+    """A layout's reading of a folder, before IDs are made safe and the whole is judged.
+
+    Cases whose patient nothing but the ID may tell have none yet.
+    """
 
     layout: str
     cases: list[FoundCase]

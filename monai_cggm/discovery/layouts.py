@@ -27,10 +27,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from monai_cggm.data.layouts import is_safe_id
+from monai_cggm.data.patients import patients_in, patients_note
 from monai_cggm.discovery.dataset_json import DATASET, described_dataset, read_dataset_json
 from monai_cggm.discovery.described import is_bids, read_bids, read_datalist
 from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, list_volumes
-from monai_cggm.discovery.names import modality_of, patients_in, some, vocabulary_of
+from monai_cggm.discovery.names import modality_of, some, vocabulary_of
 from monai_cggm.discovery.recognise import recognise
 from monai_cggm.errors import CaseError, DataError
 
@@ -96,9 +97,7 @@ def discover(
     cases = [
         replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in draft.cases
     ]
-    if draft.layout in ("nnunet", "msd"):  # whose IDs are all that tells patients
-        patients = patients_in([case.case_id for case in cases])
-        cases = [replace(case, patient=patient) for case, patient in zip(cases, patients, strict=True)]
+    cases, visits = _with_patients(cases)
     lacking = [case for case in cases if not case.images]
     cases, repeated = _with_repeated([case for case in cases if case.images])
     if repeated and not keep_bad:
@@ -107,7 +106,7 @@ def discover(
     problems = [] if keep_bad else _missing(cases, order, path, need_label, allow_missing, wanted, label_pattern)
     if problems:
         raise DataError(problems)
-    notes = [*draft.notes, *renamed]
+    notes = [*draft.notes, *visits, *renamed]
     if lacking:
         notes.append(f"Left out: {len(lacking)} cases with no modality: {some(case.case_id for case in lacking)}.")
     notes.append(f"{len(cases)} cases of {len({case.patient for case in cases})} patients.")
@@ -156,9 +155,11 @@ def _draft(
     )
     if not draft.cases:
         names = some(sorted({volume.path.name for volume in listing.volumes}))
+        volumes = f"no modality in {path}: its {len(listing.volumes)} volumes"
         draft.problems.append(
-            f"no modality in {path}: its {len(listing.volumes)} volumes have names that tell none ({names}); give "
-            "patterns, such as flair=*FLAIR*"
+            f"{volumes} ({names}) fit none of the patterns {some(f'{key}={text}' for key, text in patterns.items())}"
+            if only
+            else f'{volumes} have names that tell none ({names}); give patterns, such as --modality "flair=*FLAIR*"'
         )
     return draft
 
@@ -203,6 +204,14 @@ def _order(draft: Draft, modalities: Sequence[str] | None, path: Path, *, lenien
     return tuple(dict.fromkeys(keys))
 
 
+def _with_patients(cases: Sequence[FoundCase]) -> tuple[list[FoundCase], list[str]]:
+    """Cases with the patients that IDs tell where nothing else does, and a note on visits."""
+    told = patients_in([case.case_id for case in cases])
+    guessed = [(case.case_id, own) for case, own in zip(cases, told, strict=True) if not case.patient]
+    note = patients_note(*zip(*guessed, strict=True)) if guessed else []
+    return [replace(case, patient=case.patient or own) for case, own in zip(cases, told, strict=True)], note
+
+
 def _of_cases_alike(cases: Sequence[FoundCase]) -> list[str]:
     """One sentence for each kind of problem: the first case's, and which others have it too."""
     kinds: dict[str, list[CaseError]] = {}
@@ -235,16 +244,20 @@ def _missing(
                 f"{key} is missing in {_of_cases(cases, key)}: mend the files, leave {key} out (--modalities), or "
                 "allow cases that lack it (--allow-missing)"
             )
+    if not (need_label and cases):
+        return problems
     training = [case for case in cases if case.section != "test"]
     without = [case for case in training if case.label is None]
-    if need_label and training and len(without) == len(training) and label_pattern:
+    if not training:
+        problems.append(f"{path} has test cases only, expected some with a label to train with")
+    elif len(without) == len(training) and label_pattern:
         problems.append(f"no case in {path} has a label: no file of a case fits the label pattern {label_pattern}")
-    elif need_label and len(without) == len(training):
+    elif len(without) == len(training):
         problems.append(
             f"no case in {path} has a label: expected a file with seg, mask, label or lesion in its name; give a "
             'pattern, such as --label "*expert*"; new cases to predict need none (monai-cggm datalist --no-labels)'
         )
-    elif need_label and without:
+    elif without:
         problems.append(f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}")
     return problems
 

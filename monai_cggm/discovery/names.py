@@ -11,13 +11,7 @@ from pathlib import Path
 
 import torch
 
-from monai_cggm.data.layouts import LABEL, patient_of
-
-#: words of a patient's time points
-VISITS = r"(ses(s|sion)?|visit|tp|time(point)?|week|month|year|baseline|bl|fu|follow[-_ ]?up|pre|post|preop|postop)"
-#: An ID with a time point at its end. What stands before it is a patient's where it has a digit: all may be scan_post.
-#: More than two digits at the end are a running number.
-_ID_OF_VISIT = re.compile(rf"(?P<patient>.*\d.*?)[-_ .]+({VISITS}[-_ ]?\d{{0,2}}|ses-\w+)", re.IGNORECASE)
+from monai_cggm.data.layouts import LABEL
 
 #: A brain mask and its like: a volume that is neither a modality nor the label.
 IGNORED = "(ignored)"
@@ -96,20 +90,6 @@ def modality_of(name: str) -> str:
     """
     known = vocabulary_of().get(tuple(words_of(name)))
     return slug_of(name) if known in (None, LABEL, IGNORED) else str(known)
-
-
-def patients_in(case_ids: Sequence[str]) -> list[str]:
-    """The patient's part of each ID: without its time point, unless all of more than two would be one patient's.
-
-    Example:
-        >>> patients_in(["p01_ses1", "patient1_baseline", "sub-01_ses-1", "BraTS-GLI-00000-000", "a_post"])
-        ['p01', 'patient1', 'sub-01', 'BraTS-GLI-00000', 'a_post']
-        >>> patients_in(["site1_post_01", "site1_post_02", "site1_post_03"])
-        ['site1_post_01', 'site1_post_02', 'site1_post_03']
-    """
-    matches = [_ID_OF_VISIT.fullmatch(case_id) for case_id in case_ids]
-    patients = [m["patient"] if m else patient_of(case_id) for m, case_id in zip(matches, case_ids, strict=True)]
-    return [patient_of(case_id) for case_id in case_ids] if len(case_ids) > 2 > len(set(patients)) else patients
 
 
 def slug_of(name: str) -> str:

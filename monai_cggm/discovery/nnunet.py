@@ -20,7 +20,7 @@ from monai_cggm.data.labels import LabelConvention, label_convention
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.data.splits import PART_OF, PARTS, split_cases
 from monai_cggm.discovery.convert import Target, links_out, refuse_folder, write_volumes
-from monai_cggm.discovery.dataset_json import DATASET
+from monai_cggm.discovery.dataset_json import DATASET, IGNORE
 from monai_cggm.discovery.found import Found, FoundCase
 from monai_cggm.discovery.names import some
 from monai_cggm.discovery.survey import Survey, survey_cases
@@ -29,7 +29,7 @@ from monai_cggm.files import atomic_path
 
 SPLITS = "splits_final.json"
 ENDING = ".nii.gz"
-BACKGROUND, IGNORE = "background", "ignore"
+BACKGROUND = "background"
 
 #: Part of a split -> folders of images and labels. nnU-Net knows no labelsTs; who scores its predictions does.
 FOLDERS = {
@@ -102,7 +102,7 @@ def write_nnunet(
         split: a file by :func:`monai_cggm.data.splits.write_split`; the data set's own sections otherwise. Cases
             without a label are not among those that it has to list.
         regions: name -> values in the label files, for training on regions, which may be nested. Every value but 0
-            has to be in one.
+            has to be in one. Default: the data set's own, where it has any.
         workers: threads that read and write.
         progress: show progress bars.
 
@@ -144,7 +144,7 @@ def write_nnunet(
     survey = survey_cases(used, workers=workers, progress=progress, images=False)
     tables = _tables(used, survey)
     values = _values(tables)
-    labels, order = _labels(values, tables, found.label_names or {}, regions or {})
+    labels, order = _labels(values, tables, found.label_names or {}, regions or found.label_regions)
     targets = list(_targets(parts, tables, found.modalities, folder))
     splits = folder / SPLITS if parts["validation"] else None
     problems = [*links_out(targets, folder), *_strays(folder, targets, splits)]
@@ -220,7 +220,7 @@ def _tables(found: Found, survey: Survey) -> Tables:
     if any(case.convention for case in labelled):
         return _told_tables(labelled, survey)
     _refuse_mixture(labelled)
-    values = sorted({0, *survey.label_values, *(found.label_names or {})})
+    values = sorted({0, *survey.label_values} | found.named_values)
     table = {value: number for number, value in enumerate(values)}
     return {case.case_id: table for case in labelled}
 

@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from monai_cggm.data.layouts import LABEL, patient_of
+from monai_cggm.data.layouts import LABEL
+from monai_cggm.data.patients import MOST_VISITS, is_visit, patients_in, patients_note
 from monai_cggm.discovery.found import Draft, FoundCase, Source, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
-    VISITS,
     Vocabulary,
     fits,
     key_of,
     key_of_description,
     matches_in,
-    patients_in,
     slug_of,
     some,
     without_words,
@@ -32,7 +30,6 @@ from monai_cggm.errors import DataError
 #: Folders that say nothing about the case.
 _CONTAINERS = {"image", "images", "img", "imgs", "data", "scan", "scans", "volume", "volumes"}
 _CONTAINERS |= {"nifti", "niftis", "nii", "dicom", "dicoms", "dcm", "raw"}
-_SESSION = re.compile(rf"({VISITS}[-_ ]?\d{{0,8}}|ses-\w+|(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -120,10 +117,7 @@ def recognise(
     else:
         ids, more = _file_ids(list(groups)), []
     cases = [_case(*ids[place], items, root) for place, items in groups.items()]
-    visits = Counter(c.patient for c in cases if c.patient not in (c.case_id, patient_of(c.case_id)))
-    several = sorted(patient for patient, count in visits.items() if count > 1)
-    if several and not more:
-        more.append(f"Time points at the end of a name are one patient's ({some(several, 3)}).")
+    more = more or patients_note([case.case_id for case in cases], [case.patient for case in cases])
     found = {key for case in cases for key in case.images}
     modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
     return Draft(layout, cases, modalities, notes=[*notes, *more], problems=problems)
@@ -348,7 +342,7 @@ def _file_ids(places: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[
     """Place -> ID and patient of cases whose files lie side by side."""
     leaves, parents = Counter(place[-1] for place in places), Counter(place[:-1] for place in places)
     unique = max(leaves.values(), default=1) == 1
-    few = len(parents) > 2 and max(parents.values()) <= 12  # HGG/HGG_001_T1 is no patient's folder
+    few = len(parents) > 2 and max(parents.values()) <= MOST_VISITS  # HGG/HGG_001_T1 is no patient's folder
     distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
     ids = {place: place[-1] if unique else "_".join(place) for place in places}
     patients = dict(zip(places, patients_in([ids[place] for place in places]), strict=True))
@@ -369,7 +363,7 @@ def _folder_ids(
         names = [name[:-1] for name in names]  # p01/anat, p02/anat
     leaves = Counter(name[-1] for name in names)
     parents: Counter[tuple[str, ...]] = Counter(name[:-1] for name in names)
-    few = len(parents) > 2 and max(parents.values()) <= 12  # HGG/HGG_001 is no patient's folder
+    few = len(parents) > 2 and max(parents.values()) <= MOST_VISITS  # HGG/HGG_001 is no patient's folder
     unique = max(leaves.values(), default=1) == 1
     distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
     ids: dict[tuple[str, ...], tuple[str, str]] = {}
@@ -377,7 +371,7 @@ def _folder_ids(
     case_ids = [name[-1] if unique else "_".join(name) for name in names]
     for place, name, case_id, own in zip(places, names, case_ids, patients_in(case_ids), strict=True):
         session = len(name) > 1 and (
-            _SESSION.fullmatch(name[-1]) is not None
+            is_visit(name[-1])
             or (name[-1].startswith(name[-2]) and few)
             # As many folders above as different names below, or more: the names below are visits, not patients.
             or (not unique and len(parents) >= len(leaves))

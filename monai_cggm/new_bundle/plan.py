@@ -13,6 +13,7 @@ import numpy as np
 
 from monai_cggm.data.labels import LARGEST_VALUE
 from monai_cggm.discovery import CaseSurvey, Found, Survey
+from monai_cggm.discovery.dataset_json import IGNORE
 from monai_cggm.discovery.names import slug_of
 from monai_cggm.discovery.sources import read_volumes
 from monai_cggm.errors import DataError
@@ -219,7 +220,7 @@ def check_wishes(found: Found, wishes: Wishes) -> None:
     _check(wishes)
     problems = [_REGION_NAME.format(name) for name in wishes.regions if not _is_region(name)]
     problems += floor_problems(found.modalities, wishes.floors)
-    if "ignore" in map(str.lower, (*(found.label_names or {}).values(), *found.label_regions)):
+    if IGNORE in map(str.lower, (found.label_names or {}).values()):
         problems.append(
             f"{found.source} has a label named ignore, whose voxels are to be left out of training, which is not done "
             "here: give them another label or the background's, in the files and where they are described"
@@ -244,8 +245,7 @@ def _check(wishes: Wishes) -> None:
 
 def _classes(found: Found, survey: Survey) -> dict[int, str]:
     """Value -> name, the background first; every value that the labels have or that the data set names."""
-    of_regions = {value for values in found.label_regions.values() for value in values}
-    values = sorted({0, *survey.label_values, *(found.label_names or {}), *of_regions})
+    values = sorted({0, *survey.label_values} | found.named_values)
     if len(values) < 2:
         raise DataError([f"the labels of {found.source} hold 0 only: is the right file the label?"])
     if 0 not in survey.label_values:

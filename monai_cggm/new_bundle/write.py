@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,12 @@ def new_bundle(
     check_wishes(labelled, wishes)
     survey = survey_cases(labelled, workers=workers, progress=progress)
     plan = plan_bundle(labelled, survey, min(len(split["train"]) for split in splits), wishes)
-    write_datalist(labelled, folder, copy=copy, workers=workers, progress=progress)
+    listed = replace(
+        labelled,
+        label_names={**plan.classes, **(labelled.label_names or {})},
+        label_regions={name: tuple(values) for name, values in wishes.regions.items()} or labelled.label_regions,
+    )
+    write_datalist(listed, folder, copy=copy, workers=workers, progress=progress)
     names = [SPLIT] if len(splits) == 1 else [f"split_fold{number}.json" for number in range(len(splits))]
     for name, split in zip(names, splits, strict=True):
         write_split(split, folder / name, seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from monai_cggm.data.layouts import find_cases, is_safe_id, patient_of
+from monai_cggm.data.layouts import find_cases, is_safe_id
 from monai_cggm.errors import DataError
 
 MODALITIES = ["flair", "t1ce", "t1", "t2"]
@@ -239,25 +239,6 @@ def test_all_bad_entries_are_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         find_cases(datalist(tmp_path / "list.json", {"training": entries}), MODALITIES)
     assert [problem.split(":")[0] for problem in error.value.problems] == ["training[0]", "training[2]"]
-
-
-@pytest.mark.parametrize(
-    ("case_id", "patient"),
-    [
-        ("Brats17_2013_2_1", "Brats17_2013_2"),
-        ("Brats18_CBICA_APZ_1", "Brats18_CBICA_APZ"),
-        ("Brats18_X_2", "Brats18_X"),
-        ("BraTS19_TCIA10_628_1", "BraTS19_TCIA10_628"),
-        ("BraTS20_Training_001", "BraTS20_Training_001"),
-        ("BraTS2021_00000", "BraTS2021_00000"),
-        ("BraTS-GLI-00000-000", "BraTS-GLI-00000"),
-        ("BraTS-GLI-02405-101", "BraTS-GLI-02405"),
-        ("Phantom_000", "Phantom_000"),
-        ("BRATS_001", "BRATS_001"),
-    ],
-)
-def test_patient_of(case_id: str, patient: str) -> None:
-    assert patient_of(case_id) == patient
 
 
 @pytest.mark.parametrize("case_id", ["Brats18_2013_2_1", "BraTS-GLI-00000-000", "p.1", "0"])

@@ -286,6 +286,14 @@ def test_patterns_choose(tmp_path: Path) -> None:
     pet = problem(tmp_path, patterns={"t1": "*_N4*", "pet": "*imgZ*"}, label_pattern="*rater1*")
     assert "pet is in no case of" in pet
     assert pet.endswith(": no file fits the pattern *imgZ*")
+    # Where all patterns miss, the label is not to blame.
+    both = {"t1": "*T9*", "pet": "*imgZ*"}
+    assert problem(tmp_path, patterns=both, label_pattern="*rater1*").splitlines()[1:] == [
+        f"  t1 is in no case of {tmp_path}: no file fits the pattern *T9*",
+        f"  pet is in no case of {tmp_path}: no file fits the pattern *imgZ*",
+    ]
+    text = problem(tmp_path, patterns=both, label_pattern="*nothing*")
+    assert text.endswith("x_FLAIR.nii.gz) fit none of the patterns t1=*T9*, pet=*imgZ*")
     found = discover(tmp_path, patterns={"t1": "*_N4*", "flair": "*/x_*"}, label_pattern="rater2*")
     assert found.modalities == ("t1", "flair")
     assert names(found)["a"] == {
@@ -386,14 +394,22 @@ def test_nnunet_with_regions_and_equal_channels(tmp_path: Path) -> None:
     touch(tmp_path / "imagesTr/a_0000.mha", tmp_path / "imagesTr/a_0001.mha", tmp_path / "labelsTr/a.mha")
     found = discover(tmp_path)
     assert found.modalities == ("zscore_0", "zscore_1")
-    assert found.label_names is None
-    assert any("joins label values to regions" in note for note in found.notes)
+    assert found.label_names == {0: "background", 2: "core"}
+    assert "dataset.json joins label values to regions: whole=1,2; core=2." in found.notes
     assert found.label_regions == {"whole": (1, 2), "core": (2,)}
+    dataset_json(tmp_path, content | {"labels": {"a b": [1, 2], "a_b": 1, "a-b": 2, "mean": 3, "3x": 3, "Ignore": 4}})
+    found = discover(tmp_path)
+    assert found.label_regions == {"a_b": (1, 2), "a_b_2": (1,), "a_b_3": (2,), "region_mean": (3,), "region_3x": (3,)}
+    assert found.label_names == {1: "a_b", 2: "a-b", 3: "3x", 4: "Ignore"}
     dataset_json(tmp_path, content | {"labels": {"background": 0, "whole": 1, "core": [2]}})
     assert (found := discover(tmp_path)).label_regions == {}
     assert found.label_names == {0: "background", 1: "whole", 2: "core"}
     dataset_json(tmp_path, content | {"labels": {"background": 0, "whole": [1, "2"]}})
-    assert "region 'whole': [1, '2'], expected whole numbers" in problem(tmp_path)
+    assert "region 'whole': [1, '2'], expected whole numbers other than 0" in problem(tmp_path)
+    for values in ([0, 1], []):
+        dataset_json(tmp_path, content | {"labels": {"background": 0, "x": values, "y": [1, 2]}})
+        text = f"region 'x': {values}, expected whole numbers other than 0, the background"
+        assert problem(tmp_path).endswith(text)
 
 
 def test_nnunet_with_files_elsewhere(tmp_path: Path) -> None:
@@ -741,7 +757,9 @@ def test_versions_of_files_without_an_id_are_no_cases(tmp_path: Path, versions: 
         (("patient1_baseline", "patient1_followup", "patient2_baseline"), ("patient1", "patient1", "patient2")),
         (("sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1"), ("sub-01", "sub-01", "sub-02")),
         (("p1-month06", "p1-month12", "p2-month06"), ("p1", "p1", "p2")),
-        (("alpha_fu1", "alpha_fu2", "beta_fu1"), ("alpha_fu1", "alpha_fu2", "beta_fu1")),
+        (("p01_20200131", "p01_20210228", "p02_20200131"), ("p01", "p01", "p02")),
+        (("p01_visit1_week2", "p01_visit2_week1", "p02_visit1_week2"), ("p01", "p01", "p02")),
+        (("stroke_w_fu1", "stroke_w_fu2", "other_fu1"), ("stroke_w_fu1", "stroke_w_fu2", "other_fu1")),
     ],
 )
 @pytest.mark.parametrize("flat", [True, False])
@@ -785,12 +803,35 @@ def test_running_numbers_are_no_time_points(tmp_path: Path) -> None:
     assert {case.patient for case in discover(tmp_path).cases} == {"site1_post_001", "site1_post_002", "site2_pre_001"}
 
 
+def test_test_cases_alone_do_not_train(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{name}.nii.gz" for name in ("t1", "t2", "label")))
+    entry = {"case": "a", **{key: f"{key}.nii.gz" for key in ("t1", "t2", "label")}}
+    (tmp_path / "list.json").write_text(json.dumps({"test": [entry]}))
+    assert problem(tmp_path / "list.json").endswith("has test cases only, expected some with a label to train with")
+    assert len(discover(tmp_path / "list.json", need_label=False).cases) == 1
+
+
 def test_time_points_in_nnunet(tmp_path: Path) -> None:
     dataset_json(tmp_path, {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}})
     for case in ("p01_ses1", "p01_ses2", "p02_ses1"):
         touch(*(tmp_path / f"imagesTr/{case}_000{channel}.nii.gz" for channel in (0, 1)))
         touch(tmp_path / f"labelsTr/{case}.nii.gz")
-    assert [case.patient for case in discover(tmp_path).cases] == ["p01", "p01", "p02"]
+    found = discover(tmp_path)
+    assert [case.patient for case in found.cases] == ["p01", "p01", "p02"]
+    assert "Time points at the end of a name are one patient's (p01)." in found.notes
+
+
+def test_time_points_in_a_datalist(tmp_path: Path) -> None:
+    """What it says of patients counts; of the others, their IDs tell."""
+    touch(*(tmp_path / f"{name}.nii.gz" for name in ("t1", "t2", "label")))
+    entry = {key: f"{key}.nii.gz" for key in ("t1", "t2", "label")}
+    told = [("p01_ses1", None), ("p01_20200131", None), ("p02_ses1", None), ("p02_ses2", "other")]
+    cases = [{"case": case, **({"patient": patient} if patient else {}), **entry} for case, patient in told]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    found = discover(tmp_path / "list.json")
+    assert [case.patient for case in found.cases] == ["p01", "p01", "p02", "other"]
+    assert "Time points at the end of a name are one patient's (p01)." in found.notes
+    assert [case.patient for case in find_cases(tmp_path / "list.json", ["t1", "t2"])] == ["p01", "p01", "p02", "other"]
 
 
 def test_time_points_are_no_versions(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from monai_cggm.data.splits import write_split
-from monai_cggm.discovery import Found, FoundCase, discover
+from monai_cggm.discovery import Found, FoundCase, discover, write_datalist
 from monai_cggm.discovery.convert import Target, write_volumes
 from monai_cggm.discovery.found import Source
 from monai_cggm.discovery.nnunet import NnunetDataset, write_nnunet
@@ -335,6 +335,35 @@ def test_names_of_labels_that_nnunet_knows(tmp_path: Path) -> None:
     assert made.labels == {"background": 0, "all": [1, 2, 3], "x": 2, "ignore": 4}
     odd = replace(found, label_names={**(found.label_names or {}), 2: "ignore", 4: "x"})
     assert "the label 'ignore' is value 2, nnU-Net wants it to be the last" in problem(odd, tmp_path / "odd")
+
+
+def test_regions_of_the_data_set_itself(tmp_path: Path) -> None:
+    """Those of an nnU-Net folder, through a datalist too: nested regions, a value that no case has, ignored voxels."""
+    dataset_json(
+        tmp_path / "set",
+        {
+            "channel_names": {"0": "flair", "1": "t1"},
+            "labels": {"background": 0, "whole tumour": [1, 2, 4, 5], "core": [4, 5], "ignore": 7},
+            "regions_class_order": [1, 4],
+        },
+    )
+    for number in (0, 1):
+        image(tmp_path / f"set/imagesTr/a_000{number}.nii.gz", seed=number)
+    labelled(tmp_path / "set/labelsTr/a.nii.gz", (0, 1, 2, 4, 7))
+    found = discover(tmp_path / "set")
+    write_datalist(found, tmp_path / "list", progress=False)
+    listed = discover(tmp_path / "list/datalist.json")
+    assert listed.label_regions == found.label_regions == {"whole_tumour": (1, 2, 4, 5), "core": (4, 5)}
+    assert listed.label_names == found.label_names == {0: "background", 7: "ignore"}
+    assert "Regions of label values: whole_tumour=1,2,4,5; core=4,5." in listed.notes
+    for number, source in enumerate((found, listed)):
+        made = write(source, tmp_path / f"raw{number}")
+        assert made.original_values == {0: (0,), 1: (1,), 2: (2,), 3: (4,), 4: (5,), 5: (7,)}
+        assert made.labels == {"background": 0, "whole_tumour": [1, 2, 3, 4], "core": [3, 4], "ignore": 5}
+        assert content_of(made)["regions_class_order"] == [1, 3]
+        assert discover(made.folder).label_regions == {"whole_tumour": (1, 2, 3, 4), "core": (3, 4)}
+        made = write(source, tmp_path / f"wished{number}", regions={"all": [1, 2, 4, 5]})
+        assert made.labels == {"background": 0, "all": [1, 2, 3, 4], "ignore": 5}
 
 
 def test_places_where_nothing_is_written(tmp_path: Path) -> None:

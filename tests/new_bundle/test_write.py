@@ -188,6 +188,9 @@ def test_regions_and_ignored_voxels_of_nnunet(tmp_path):
         discover(source), tmp_path / "wish", Wishes(network="small", regions={"TZ": [1]}), progress=False
     )
     assert train_config(other.folder)["regions"] == {"TZ": [1]}
+    # The datalist beside them says so too, for the next bundle and for nnU-Net.
+    assert discover(bundle.folder / "datalist.json").label_regions == {"whole_gland": (1, 2), "peripheral": (2,)}
+    assert discover(other.folder / "datalist.json").label_regions == {"TZ": (1,)}
     for labels in ({"background": 0, "gland": 1, "ignore": 2}, {"background": 0, "gland": [1, 3], "ignore": 2}):
         (source / "dataset.json").write_text(json.dumps(content | {"labels": labels}))
         with pytest.raises(DataError, match="has a label named ignore, whose voxels are to be left out of training"):
