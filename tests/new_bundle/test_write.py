@@ -326,6 +326,33 @@ def test_multiple_sclerosis_as_it_lies(real_data, tmp_path, monkeypatch):
     assert not any(str(real_data) in path.read_text() for path in written)
 
 
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("page", "options", "left_out"),
+    [("tutorial_own_data.md", "", 0), ("how-to/my_dataset.md", " --spatial-dims 2 --network small", 2)],
+)
+def test_pages_show_what_the_command_prints(real_data, tmp_path, monkeypatch, page, options, left_out):
+    if not (real_data / "ms_lesions").is_dir():
+        pytest.skip("needs ms_lesions in MONAI_CGGM_TEST_DATA")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "ms_lesions").symlink_to(real_data / "ms_lesions")
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    (line, shown) = re.search(
+        r"```bash\nmonai-cggm (new-bundle [^\n]+)\n.*?```text\n(.+?)```", text, re.DOTALL
+    ).groups()
+    result = CliRunner().invoke(app, (line + options).split())
+    assert result.exit_code == 0, result.output
+    printed, told = ([line.strip() for line in t.splitlines() if line.strip()] for t in (result.stdout, shown))
+    assert told.count("…") == left_out
+    if left_out:
+        places = [printed.index(line) for line in told if line != "…"]  # all of them are there, in this order
+        assert places == sorted(places)
+    else:
+        assert told == printed
+
+
 def assert_reported(folder: Path, scores: pd.DataFrame, whole: str) -> None:
     """The tables and pages of a comparison of one arm and one test case have its scores, given by subset."""
     dice, hd95 = scores.loc[whole, ["dice_lesion", "hd95_lesion"]]
