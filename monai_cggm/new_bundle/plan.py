@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -131,7 +131,9 @@ class BundlePlan:
         return ",".join(f"{value}={number}" for number, value in enumerate(self.classes))
 
 
-def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishes | None = None) -> BundlePlan:
+def plan_bundle(
+    found: Found, survey: Survey, trained: Sequence[Collection[str]], wishes: Wishes | None = None
+) -> BundlePlan:
     """Choose a bundle's numbers and names.
 
     Slices are taken where voxels are three times as long along one axis as along another (:data:`COARSE`), along the
@@ -142,7 +144,7 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
     Args:
         found: the labelled cases.
         survey: of the same cases.
-        training_cases: how many of them train.
+        trained: IDs of those that train, once a split: the fewest fill a batch, and all of them weigh the classes.
         wishes: what wins over the data.
 
     Returns:
@@ -154,6 +156,8 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
     """
     wishes = wishes or Wishes()
     _check(wishes)
+    training_cases = min(map(len, trained))
+    labels = Survey(tuple(case for case in survey.cases if any(case.case_id in ids for ids in trained))).label_values
     classes = _classes(found, survey)
     number = {value: index for index, value in enumerate(classes)}
     regions = _regions(wishes.regions or found.label_regions, classes, number)
@@ -185,7 +189,7 @@ def plan_bundle(found: Found, survey: Survey, training_cases: int, wishes: Wishe
         spatial_dims=dims,
         orientation=orientation,
         size=size,
-        class_weights=_weights([survey.label_values.get(value, 0) for value in classes]),
+        class_weights=_weights([labels.get(value, 0) for value in classes]),
         network=wishes.network,
         volumes_per_batch=volumes,
         samples_per_volume=samples,

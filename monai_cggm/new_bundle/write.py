@@ -99,7 +99,8 @@ def new_bundle(
     splits, seed = _splits(labelled, wishes)
     check_wishes(labelled, wishes)
     survey = survey_cases(labelled, workers=workers, progress=progress)
-    plan = plan_bundle(labelled, survey, min(len(split["train"]) for split in splits), wishes)
+    trained = [{str(item["case"]) for item in split["train"]} for split in splits]
+    plan = plan_bundle(labelled, survey, trained, wishes)
     listed = replace(
         labelled,
         label_names={**plan.classes, **(labelled.label_names or {})},

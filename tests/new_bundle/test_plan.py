@@ -37,7 +37,7 @@ def plan(
     case = FoundCase("p01", "p01", {"ct": Source(file), "pet": Source(file)}, Source(file))
     found = Found(tmp_path, "folders", ("ct", "pet"), (case,), names)
     survey = Survey((CaseSurvey("p01", shape, spacing, orientation, VOXELS if labels is None else labels),))
-    return plan_bundle(found, survey, training, wishes)
+    return plan_bundle(found, survey, [{f"p{number + 1:02d}" for number in range(training)}], wishes)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,33 @@ def test_a_batch_and_a_budget_that_few_cases_can_fill(tmp_path, training, wishes
     assert 9 <= made.epochs / made.val_interval <= 12
 
 
+def test_cases_that_only_test_weigh_no_class(tmp_path):
+    """A label that is common in the test part alone does not make its class light."""
+    file = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), file)
+    voxels = {"p01": {0: 900, 1: 100}, "p02": {0: 800, 1: 200}, "p03": {1: 10**6, 0: 10}}
+    found = Found(tmp_path, "folders", ("ct", "pet"), tuple(FoundCase(p, p, {"ct": Source(file)}) for p in voxels))
+    survey = Survey(tuple(CaseSurvey(p, (4, 4, 4), (1, 1, 1), "LPS", counts) for p, counts in voxels.items()))
+    for trained, counts in (
+        ([{"p01"}], (900, 100)),
+        ([{"p01", "p02"}], (1700, 300)),
+        ([{"p01"}, {"p02"}], (1700, 300)),  # two folds
+        ([{"p01", "p02", "p03"}], (1710, 300 + 10**6)),
+    ):
+        raw = np.asarray(counts) ** -0.5
+        raw = np.minimum(raw / raw.min(), 4)
+        made = plan_bundle(found, survey, trained)
+        np.testing.assert_allclose(made.class_weights, raw / raw.sum(), atol=5e-4)
+        assert made.volumes_per_batch == min(2, min(map(len, trained)))
+
+
 def test_large_data_are_kept_on_disk(tmp_path):
     assert not plan(tmp_path).on_disk
     case = CaseSurvey("p01", (512, 512, 600), (1, 1, 1), "LPS", VOXELS)
     file = tmp_path / "image.nii.gz"
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), file)
     found = Found(tmp_path, "folders", ("ct", "pet"), (FoundCase("p01", "p01", {"ct": Source(file)}),))
-    made: Any = plan_bundle(found, Survey((case,) * 10), 8)
+    made: Any = plan_bundle(found, Survey((case,) * 10), [{"p01"}])
     # two float16 channels and a uint8 label
     assert made.reasons["prepared volumes"] == f"about {10 * 512 * 512 * 600 * 5 / 1e9:.1f} GB, kept on disk"
     assert made.on_disk
