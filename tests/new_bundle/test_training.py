@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 from monai_cggm.cli import app
 from monai_cggm.discovery import discover
 from monai_cggm.errors import users_error
+from monai_cggm.losses import RegionDiceCrossEntropyLoss
 from monai_cggm.new_bundle import Wishes, new_bundle
 from monai_cggm.resources import share_path
 from tests.bundles.running import environment, run
+from tests.losses.test_regions import reference
 from tests.new_bundle.folders import AFFINE, PATIENTS, folders, save, volumes
 from tests.new_bundle.test_write import TINY, command
 
@@ -119,6 +121,41 @@ def assert_reported(folder: Path, out: Path, modalities: tuple[str, ...]) -> Non
         assert curves["ε on training batches", name] == pytest.approx(epoch[f"epsilon/{name}"])
         modulated = epoch[f"gradient_norm/{name}"] * epoch[f"balance/{name}"]
         assert curves["gradient magnitude after modulation", name] == pytest.approx(modulated, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bundle_trains_on_its_own_overlapping_regions(tmp_path, monkeypatch):
+    """Loss and scores are those of the regions that were asked for by label values, which are not class numbers."""
+    source = folders(tmp_path / "data")
+    for patient in PATIENTS:  # values 0, 3, 7
+        file = source / patient / f"{patient}_seg.nii.gz"
+        save(file, np.array([0, 3, 7], np.uint8)[np.asarray(nib.load(file).dataobj).astype(int)], AFFINE)
+    folder = made(tmp_path, source, regions={"gland": [3, 7], "core": [7], "rim": [3]})
+    calls: list[tuple[np.ndarray, np.ndarray, float]] = []
+    forward = RegionDiceCrossEntropyLoss.forward
+
+    def recorded(self: RegionDiceCrossEntropyLoss, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        loss = forward(self, logits, label)
+        calls.append((logits.detach().double().numpy(), label.numpy(), loss.item()))
+        return loss
+
+    monkeypatch.setattr(RegionDiceCrossEntropyLoss, "forward", recorded)
+    started(folder, tmp_path / "run", str(share_path("configs/parts/regions.yaml")))
+    regions = {"gland": [1, 2], "core": [2], "rim": [1]}
+    for logits, label, loss in calls:
+        assert set(np.unique(label)) <= {0, 1, 2}
+        assert loss == pytest.approx(reference(logits, label, regions, 1.0, 1.0), abs=1e-5)
+    # In each step the fusion's loss and those of the classifiers; a validation has the fusion's alone.
+    steps = pd.read_csv(tmp_path / "run/iterations.csv")[["loss/task", "loss/adc", "loss/t2"]]
+    written = [loss for _, _, loss in calls]
+    np.testing.assert_allclose([*steps.iloc[0], *steps.iloc[1]], written[:6], rtol=1e-5)
+    epochs = pd.read_csv(tmp_path / "run/epochs.csv")
+    assert epochs["validation/loss"].iloc[1] == pytest.approx(written[6], rel=1e-5)
+    scores = epochs.filter(regex="^validation/.+_dice_").iloc[1]
+    expected = {f"validation/{who}_dice_{name}" for who in ("fusion", "adc", "t2") for name in (*regions, "mean")}
+    assert set(scores.index) == expected
+    means = [scores[[f"validation/{who}_dice_{name}" for name in regions]].mean() for who in ("fusion", "adc", "t2")]
+    np.testing.assert_allclose(scores.filter(like="_mean"), means, atol=1e-6)
 
 
 @pytest.mark.slow
