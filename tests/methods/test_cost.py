@@ -35,16 +35,31 @@ INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch
 #: files of the package in which masks are drawn, sent and looked at, before they leave the host
 PACKAGE = Path(monai_cggm.__file__).parent
 MASKS = {"batches.py", "dropout.py", "samples.py"}
+#: attribute of a tensor that was sent to the device, or was made of one that was
+SENT = "_sent_to_the_device"
 
 
 def of_a_mask(tensor: Any) -> bool:
-    """Whether this is a mask in the hands of who draws masks: it is on the host."""
-    if tensor.dtype != torch.bool:
+    """Whether this is a mask in the hands of who draws masks, and still on the host."""
+    if tensor.dtype != torch.bool or hasattr(tensor, SENT):
         return False
     frame = sys._getframe()
     while frame is not None and PACKAGE not in Path(frame.f_code.co_filename).parents:
         frame = frame.f_back
     return frame is not None and Path(frame.f_code.co_filename).name in MASKS
+
+
+def sends(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this is ``.to(device)``."""
+    return func is torch.Tensor.to and ("device" in (kwargs or {}) or any(isinstance(a, torch.device) for a in args))
+
+
+def with_mark(result: Any) -> Any:
+    """Mark tensors as ones that lie on the device."""
+    for tensor in result if isinstance(result, tuple | list) else (result,):
+        if isinstance(tensor, torch.Tensor):
+            setattr(tensor, SENT, True)
+    return result
 
 
 def to_the_host(func: Any, args: Any, kwargs: Any) -> bool:
@@ -87,7 +102,10 @@ class Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (func in READS or to_the_host(func, args, kwargs)) and not of_a_mask(args[0]):
             self.seen[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if sends(func, args, kwargs):
+            return with_mark(result.clone())  # a CPU's stays the same object, which the host goes on using
+        return with_mark(result) if any(hasattr(a, SENT) for a in args) else result
 
 
 def steps(way: str, modalities: tuple[str, ...]):
@@ -147,6 +165,28 @@ def test_a_read_more_is_seen(read, monkeypatch):
     monkeypatch.setattr(CGGM, "modulate", lambda self, step: (read(self.balance, step), modulate(self, step)))
     engine, _ = steps("cggm", toy.MODALITIES)
     assert within_the_third_step(engine, Reads()).seen.total() == 3
+
+
+@pytest.mark.parametrize("file", sorted(MASKS))
+@pytest.mark.parametrize(
+    ("read", "seen"),
+    [
+        ("mask.any().item()", 0),
+        ("mask.nonzero()", 0),
+        ("mask.to(device=device).any().item()", 1),
+        ("mask.to(device)[:, 0].nonzero()", 1),
+        ("(~mask.to(device=device)).tolist()", 1),
+        ("mask.to(device=device) and 0 or mask.tolist()", 1),  # the one that is still here is free
+    ],
+)
+def test_a_mask_that_was_sent_is_no_mask_of_the_hosts(file, read, seen):
+    """As if the code were in one of the files that handle masks."""
+    code = compile(f"def look(mask, device): return {read}", str(next(PACKAGE.rglob(file))), "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with Reads() as reads:
+        names["look"](torch.tensor([[True]]), torch.device("cpu"))
+    assert reads.seen.total() == seen
 
 
 @pytest.mark.parametrize("way", WAYS)
