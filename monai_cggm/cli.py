@@ -68,6 +68,13 @@ LabelFiles = Annotated[str | None, typer.Option(metavar="PATTERN", help="Files o
 FoundModalities = Annotated[
     str | None, typer.Option(help="Only these of what is found, in this order; or the names of a file's channels.")
 ]
+PatientPattern = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help=r"Finds the patient in a case's ID, such as 'p\d+'; default: by names of visits and dates.",
+    ),
+]
 
 
 def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -372,6 +379,7 @@ def new_bundle(
     modality: ModalityFiles = None,
     label: LabelFiles = None,
     modalities: FoundModalities = None,
+    patient: PatientPattern = None,
     region: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUES", help="A region to score, such as WT=1,2,4; default: each label."),
@@ -418,6 +426,7 @@ def new_bundle(
     found = discover(
         data,
         **_chosen_files(modality, label, modalities),
+        patient_pattern=patient,
         allow_missing=allow_missing,
     )
     for note in found.notes:
@@ -456,6 +465,7 @@ def datalist(
     modality: ModalityFiles = None,
     label: LabelFiles = None,
     modalities: FoundModalities = None,
+    patient: PatientPattern = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Cases may lack modalities.")] = False,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy all volumes, so that no name of a file comes along.")
@@ -479,6 +489,7 @@ def datalist(
     found = discover(
         data,
         **_chosen_files(modality, label, modalities),
+        patient_pattern=patient,
         need_label=not no_labels,
         allow_missing=allow_missing,
     )

@@ -108,3 +108,13 @@ def show_plainly() -> None:
             print(f"error: {plain}", file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """A list in words, cut after a few.
+
+    Example:
+        >>> some(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from monai_cggm.data.labels import NOT_TOLD, label_convention, unknown_label_problem, unknown_labels
-from monai_cggm.data.layouts import LABEL, SUFFIXES, Case, find_cases, is_safe_id, some
-from monai_cggm.errors import DataError
+from monai_cggm.data.layouts import LABEL, SUFFIXES, Case, find_cases, is_safe_id
+from monai_cggm.errors import DataError, some
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from monai_cggm.data.labels import convention_for
-from monai_cggm.data.patients import patient_of, patients_in
-from monai_cggm.errors import CaseError, DataError
+from monai_cggm.data.patients import patient_of, patients_at, patients_in
+from monai_cggm.errors import CaseError, DataError, some
 
 LABEL = "label"
 SECTIONS = ("training", "validation", "test")
@@ -115,8 +115,17 @@ def find_cases(source: str | Path, modalities: Sequence[str], *, labels: str | N
     else:
         found = "does not exist" if not path.exists() else "is neither a folder nor a .json file"
         raise DataError([f"{path} {found}: expected a folder of cases or a datalist (.json)"])
-    patients = patients_in([case.case_id for case in cases])
+    if path.is_dir():
+        patients = patients_at([_place(case, path) for case in cases])
+    else:
+        patients = patients_in([case.case_id for case in cases])
     return [replace(case, patient=case.patient or own) for case, own in zip(cases, patients, strict=True)]
+
+
+def _place(case: Case, root: Path) -> tuple[str, ...]:
+    """The folders below the data set's, and the ID, where it is not the folder's name."""
+    folders = case.folder.relative_to(root).parts if case.folder is not None else ()
+    return folders if folders[-1:] == (case.case_id,) else (*folders, case.case_id)
 
 
 def is_safe_id(case_id: str) -> bool:
@@ -299,8 +308,3 @@ def _convention_or_none(case_id: str, override: str | None) -> str | None:
         return convention_for(case_id, override)
     except CaseError:
         return None
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """A list in words, cut after a few."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,24 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cases are one patient's, by their IDs: such cases belong in one part of a split."""
+"""Which cases are one patient's, by the names of cases and folders: they belong in one part of a split.
+
+In doubt, cases are put together: that costs a split some freedom, while one patient's cases in training and test spoil
+its scores.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
-_RELEASES = (
-    re.compile(r"(?P<patient>brats1[789]_.+)_\d+", re.IGNORECASE),  # Brats18_CBICA_APZ_1
-    re.compile(r"(?P<patient>brats-[a-z]+-\d+)-\d+", re.IGNORECASE),  # BraTS-GLI-00000-000
+from monai_cggm.errors import some
+
+#: Releases whose IDs end in a time point, a study or a session.
+_RELEASES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<patient>brats(20)?1[5-9]_.+)_\d+",  # Brats18_CBICA_APZ_1
+        r"(?P<patient>brats_tcia_pat\d+)_\d+",  # BraTS 2016
+        r"(?P<patient>brats-[a-z]+-\d+)-\d+",  # BraTS-GLI-00000-000
+        r"(?P<patient>(upenn-gbm|rhuh)-\d+)_\d+",  # UPENN-GBM-00001_11, RHUH-0001_0
+        r"(?P<patient>ucsf-pdgm-\d+)_fu\w+",  # UCSF-PDGM-0012_FU001d
+        r"(?P<patient>oas\d+(_\d+)?)_mr_?d?\d+",  # OAS1_0001_MR1, OAS30001_MR_d0129
+        r"(?P<patient>\d{5})_\d{7}",  # PI-CAI: 10005_1000006
+        r"(?P<patient>(training|test)\d\d)_\d\d",  # ISBI 2015: training01_02
+    )
 )
 
-_VISITS = r"(ses(s|sion)?|visit|tp|time(point)?|week|month|year|baseline|bl|fu|follow[-_ ]?up|pre|post|preop|postop)"
-_DATE = r"(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d"
-_FOLDER = re.compile(rf"({_VISITS}[-_ ]?\d{{0,8}}|ses-\w+|{_DATE})", re.IGNORECASE)
-#: At the end of an ID, more than two digits after such a word are a running number.
-_END = re.compile(rf"(?P<patient>.+?)[-_ .]+({_VISITS}[-_ ]?\d{{0,2}}|ses-\w+|{_DATE})", re.IGNORECASE)
+_COUNTED = r"(ses(s|sion)?|visit|tp|time(point)?|day|week|month|year|scan|exam|study)"
+_SHORT = r"[vm]\d{1,3}"
+_STATES = r"(baseline|bl|fu|follow[-_ ]?up|(pre|post|intra)([-_ ]?op)?)"
+_TIME = r"([T_ -]?\d\d[-_:.]?\d\d([-_:.]?\d\d(\.\d+)?)?)?"
+_DATE = rf"((19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d|[0-3]\d[-.][0-3]\d[-.](19|20)\d\d){_TIME}"
+_BIDS = r"ses-\w+"
 
-#: Names without a digit that have more cases than this are a site's or a disease's; nobody is scanned that often.
+#: Whole names of folders. What follows a date is mostly what was scanned.
+_FOLDER = re.compile(
+    rf"({_COUNTED}[-_ ]?\d{{0,8}}([-_.]\d+)?|{_STATES}[-_ ]?\d{{0,8}}|{_BIDS}|{_DATE}([-_ ].*)?|(?P<short>{_SHORT}))",
+    re.IGNORECASE | re.DOTALL,
+)
+#: Ends of IDs. Numbers after a state of treatment, or a second one, may also be running numbers of patients.
+_END = re.compile(
+    rf"(?P<patient>.+?)[-_ .]+({_COUNTED}[-_ ]?\d{{0,4}}(?P<second>[-_.]\d{{1,2}})?|"
+    rf"{_STATES}[-_ ]?(?P<running>\d{{0,2}})|{_BIDS}|{_DATE}([-_]\d{{1,2}})?|{_SHORT})",
+    re.IGNORECASE,
+)
+_FRONT = re.compile(
+    rf"({_COUNTED}[-_ ]?\d{{1,4}}|{_STATES}\d{{0,2}}|{_BIDS}|{_DATE})[-_ .]+(?P<patient>.+)", re.IGNORECASE
+)
+
+#: More cases than this under one name that may be a site's, or a disease's, are not one patient's.
 MOST_VISITS = 12
 
 
@@ -37,12 +70,13 @@ def patient_of(case_id: str) -> str:
 
 
 def patients_in(case_ids: Sequence[str]) -> list[str]:
-    """The patient's part of each ID of a data set: without visits and dates at its end, where names tell patients.
+    """The patient's part of each ID of a data set: without visits and dates, where names tell patients.
 
-    What is left is a patient's name where it has a digit. Where it has none (``alpha_fu1``, but also ``scan_post``), it
-    is one where more than two such names are left and none has more than :data:`MOST_VISITS` cases. If all cases, more
-    than two, would be one patient's, nothing is taken away. In doubt cases are put together: that costs a split some
-    freedom, while one patient's cases in training and test spoil its scores.
+    Visits and dates are taken from an ID's end, again and again, and from its front where a letter and a digit are
+    left. What is left is a patient's name where it has a digit. Where it has none (``alpha_fu1``, but also
+    ``scan_post``), it is one where more than two such names are left and none has more than :data:`MOST_VISITS` cases.
+    Names under which more cases than that have what may be running numbers (``site1_post_07``) are no patients'. If all
+    cases, more than two, would be one patient's, nothing is taken away. Letter case tells no patients apart.
 
     Args:
         case_ids: of all cases.
@@ -58,43 +92,112 @@ def patients_in(case_ids: Sequence[str]) -> list[str]:
         >>> patients_in(["site1_post_01", "site1_post_02", "site1_post_03"])
         ['site1_post_01', 'site1_post_02', 'site1_post_03']
     """
-    patients = [_without_visits(case_id) for case_id in case_ids]
-    parted = [(case_id, patient) for case_id, patient in zip(case_ids, patients, strict=True) if patient != case_id]
-    words = Counter(patient for _, patient in parted if not re.search(r"\d", patient))
-    refused = set(words) if len(words) < 3 or max(words.values()) > MOST_VISITS else set()
+    fronts = [_without_visits(case_id) for case_id in case_ids]
+    words = Counter(
+        front for (front, _), own in zip(fronts, case_ids, strict=True) if front != own and not _number(front)
+    )
+    running = Counter(front for front, may_be_running in fronts if may_be_running)
+    refused = {front for front, count in running.items() if count > MOST_VISITS}
+    refused |= set(words) if len(words) < 3 or max(words.values()) > MOST_VISITS else set()
     patients = [
-        patient_of(case_id) if patient in refused else patient_of(patient)
-        for case_id, patient in zip(case_ids, patients, strict=True)
+        patient_of(case_id if front in refused else front) for case_id, (front, _) in zip(case_ids, fronts, strict=True)
     ]
-    return [patient_of(case_id) for case_id in case_ids] if len(case_ids) > 2 > len(set(patients)) else patients
+    if len(case_ids) > 2 > len({patient.casefold() for patient in patients}):
+        patients = [patient_of(case_id) for case_id in case_ids]
+    spelling: dict[str, str] = {}
+    return [spelling.setdefault(patient.casefold(), patient) for patient in patients]
 
 
-def patients_note(case_ids: Sequence[str], patients: Sequence[str]) -> list[str]:
-    """A sentence for the reader, where IDs told that several cases are one patient's; an empty list otherwise.
+def patients_at(places: Sequence[Sequence[str]]) -> list[str]:
+    """The patient of each case, by its folders and its own name.
+
+    Folders of visits or dates say nothing, wherever they stand: ``p01/ses1``, ``baseline/p01`` and ``p01/2020-01-31``
+    are ``p01``'s. Without such words, cases in a folder are one patient's where their names recur in as many folders as
+    there are names (``p01/native``, ``p01/registered``; not ``north/p01``), or begin with the folder's
+    (``p01/p01_a``), a dozen in the middle folder at most. Names themselves are read as in :func:`patients_in`.
+
+    Args:
+        places: the folders below the data set's, and last the case's name, which may be its folder's.
+
+    Returns:
+        One patient a case, in the same order.
 
     Example:
-        >>> patients_note(["p01_ses1", "p01_ses2", "p02"], ["p01", "p01", "p02"])
-        ["Time points at the end of a name are one patient's (p01)."]
+        >>> patients_at([("p01", "ses1"), ("p01", "ses2"), ("p02", "ses1")])
+        ['p01', 'p01', 'p02']
+        >>> patients_at([("baseline", "p01"), ("followup", "p01"), ("HGG", "p02")])
+        ['p01', 'p01', 'p02']
     """
-    pairs = zip(case_ids, patients, strict=True)
-    visits = Counter(patient for case_id, patient in pairs if patient not in (case_id, patient_of(case_id)))
-    several = sorted(patient for patient, count in visits.items() if count > 1)
-    more = f" and {len(several) - 3} more" if len(several) > 3 else ""
-    return [f"Time points at the end of a name are one patient's ({', '.join(several[:3])}{more})."] if several else []
+    with_visits = {tuple(place[:-1]) for place in places if len(place) > 1 and is_visit(place[-1])}
+    left = [_without_visit_folders(place, tuple(place[:-1]) in with_visits) for place in places]
+    others = [place for place, kept in zip(places, left, strict=True) if len(kept) == len(place)]
+    leaves, parents = Counter(place[-1] for place in others), Counter(tuple(place[:-1]) for place in others)
+    recurring = len(leaves) < len(others) and len(parents) >= len(leaves)
+    few = len(parents) > 2 and median(parents.values()) <= MOST_VISITS  # HGG/HGG_001 is no patient's folder
+    for index, (place, kept) in enumerate(zip(places, left, strict=True)):
+        if len(kept) == len(place) > 1:
+            own, folder = place[-1], place[-2]
+            versions = recurring and (_number(folder) or not _number(own))
+            if own == folder or versions or (few and own.startswith(folder)):
+                left[index] = kept[:-1]
+    return patients_in(_short_names(left))
+
+
+def patients_note(patients: Mapping[str, str]) -> list[str]:
+    """A sentence for the reader, where several cases are one patient's; an empty list otherwise.
+
+    Args:
+        patients: case ID -> patient.
+
+    Example:
+        >>> patients_note({"p01_ses1": "p01", "p01_ses2": "p01", "p02": "p02"})
+        ['One patient by name: p01 (p01_ses1, p01_ses2).']
+    """
+    cases: dict[str, list[str]] = {}
+    for case_id, patient in patients.items():
+        cases.setdefault(patient, []).append(case_id)
+    several = [f"{patient} ({some(ids)})" for patient, ids in cases.items() if len(ids) > 1]
+    return [f"One patient by name: {some(several)}."] if several else []
 
 
 def is_visit(folder: str) -> bool:
     """Whether a folder's name is a visit's or a date, as those in a patient's folder are.
 
     Example:
-        >>> [is_visit(name) for name in ("ses-1", "baseline", "2020-01-31", "p01")]
-        [True, True, True, False]
+        >>> [is_visit(name) for name in ("ses-1", "baseline", "2020-01-31", "07-08-2011-NA-MR prostate", "p01")]
+        [True, True, True, True, False]
     """
     return _FOLDER.fullmatch(folder) is not None
 
 
-def _without_visits(case_id: str) -> str:
-    """The ID without what ends it, again and again: ``p01`` of ``p01_visit1_week2``."""
-    while match := _END.fullmatch(case_id):
-        case_id = match["patient"]
-    return case_id
+def _without_visits(case_id: str) -> tuple[str, bool]:
+    """``p01`` of ``p01_visit1_week2``, and whether what was taken away may be a patient's running number."""
+    left, running = case_id, False
+    while match := _END.fullmatch(left):
+        left, running = match["patient"], running or bool(match["running"] or match["second"])
+    match = _FRONT.fullmatch(left)
+    if match and _number(match["patient"]) and re.search("[a-z]", match["patient"], re.IGNORECASE):
+        left = match["patient"]
+    return left, running
+
+
+def _without_visit_folders(place: Sequence[str], in_visits: bool) -> tuple[str, ...]:
+    """The parts that are no visits; ``in_visits``: beside visits, whatever the last one is called."""
+    above = place[:-1] if in_visits else place
+    kept = tuple(part for part in above if not is_visit(part))
+    # v01 and m01 may be people, where nothing else is.
+    certain = any(match and not match["short"] for match in map(_FOLDER.fullmatch, place))
+    return kept if kept and (certain or any(map(_number, kept))) else tuple(place)
+
+
+def _short_names(places: Sequence[tuple[str, ...]]) -> list[str]:
+    """The last part of each, or all parts where the last one is not enough."""
+    ends = Counter(
+        place[-1].casefold() for place in {tuple(map(str.casefold, place)): place for place in places}.values()
+    )
+    alone = max(ends.values(), default=1) == 1
+    return [place[-1] if alone else "_".join(place) for place in places]
+
+
+def _number(name: str) -> bool:
+    return re.search(r"\d", name) is not None

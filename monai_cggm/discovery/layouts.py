@@ -42,11 +42,12 @@ def discover(
     patterns: Mapping[str, str] | None = None,
     label_pattern: str | None = None,
     modalities: Sequence[str] | None = None,
+    patient_pattern: str | None = None,
     need_label: bool = True,
     allow_missing: bool = False,
     keep_bad: bool = False,
 ) -> Found:
-    """Find the cases of a folder or datalist and recognise its layout (the module's table has them).
+    r"""Find the cases of a folder or datalist and recognise its layout (the module's table has them).
 
     Names decide; headers are read of 4-D files only, and voxels only where no name tells the label. What the volumes
     hold is for :func:`monai_cggm.discovery.survey_cases`. Volumes are NIfTI, NRRD, MHA, MHD, or a folder with the
@@ -63,6 +64,8 @@ def discover(
         label_pattern: the like for the label.
         modalities: the modalities to use, in this order; words of file names that are no known modality may be among
             them. For a datalist with one 4-D ``image``: the names of its channels.
+        patient_pattern: a regular expression that finds the patient in a case's ID, such as ``p\d+``: its first group,
+            or all of it. By default names of visits and dates tell (:func:`monai_cggm.data.patients.patients_at`).
         need_label: whether training cases must have a label; then one is also looked for that no name tells.
         allow_missing: whether cases may lack modalities (one is enough).
         keep_bad: judge no case: it may have ``problems`` (such as two files for one modality, or another case's ID),
@@ -94,10 +97,8 @@ def discover(
     if problems:
         raise DataError(problems)
     order = _order(draft, modalities, path, lenient=keep_bad or (allow_missing and not need_label))
-    cases = [
-        replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in draft.cases
-    ]
-    cases, visits = _with_patients(cases)
+    cases, visits = _with_patients(draft, patient_pattern)
+    cases = [replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in cases]
     lacking = [case for case in cases if not case.images]
     cases, repeated = _with_repeated([case for case in cases if case.images])
     if repeated and not keep_bad:
@@ -204,12 +205,25 @@ def _order(draft: Draft, modalities: Sequence[str] | None, path: Path, *, lenien
     return tuple(dict.fromkeys(keys))
 
 
-def _with_patients(cases: Sequence[FoundCase]) -> tuple[list[FoundCase], list[str]]:
-    """Cases with the patients that IDs tell where nothing else does, and a note on visits."""
-    told = patients_in([case.case_id for case in cases])
-    guessed = [(case.case_id, own) for case, own in zip(cases, told, strict=True) if not case.patient]
-    note = patients_note(*zip(*guessed, strict=True)) if guessed else []
-    return [replace(case, patient=case.patient or own) for case, own in zip(cases, told, strict=True)], note
+def _with_patients(draft: Draft, pattern: str | None) -> tuple[list[FoundCase], list[str]]:
+    """The cases with their patients: of a pattern, or as the layout tells, or else their IDs; and a note on several."""
+    case_ids = [case.case_id for case in draft.cases]
+    try:
+        told = [None if pattern is None else re.search(pattern, case_id) for case_id in case_ids]
+    except re.error as error:
+        raise DataError([f"patient pattern {pattern!r} is no regular expression: {error}"]) from error
+    if pattern is not None and not all(told):
+        strangers = [case_id for case_id, match in zip(case_ids, told, strict=True) if not match]
+        raise DataError([f"{some(strangers)} fit no patient pattern {pattern!r}: expected all {len(case_ids)} IDs to"])
+    patients = [
+        match[1 if match.re.groups else 0] if match else case.patient or own
+        for match, case, own in zip(told, draft.cases, patients_in(case_ids), strict=True)
+    ]
+    cases = [replace(case, patient=patient) for case, patient in zip(draft.cases, patients, strict=True)]
+    named = {new.case_id: new.patient for old, new in zip(draft.cases, cases, strict=True) if not old.patient}
+    if draft.layout != "datalist" or pattern is not None:
+        named = {case.case_id: case.patient for case in cases}
+    return cases, patients_note(named)
 
 
 def _of_cases_alike(cases: Sequence[FoundCase]) -> list[str]:

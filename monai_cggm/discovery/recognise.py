@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from monai_cggm.data.layouts import LABEL
-from monai_cggm.data.patients import MOST_VISITS, is_visit, patients_in, patients_note
+from monai_cggm.data.patients import is_visit, patients_at
 from monai_cggm.discovery.found import Draft, FoundCase, Source, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
@@ -112,15 +112,11 @@ def recognise(
     kept = [item for item in named if item.key not in (None, IGNORED)]
     notes += _notes_on(named, chosen, only=only)
     groups, layout = _cases(kept, root, notes)
-    if layout == "folders":
-        ids, more = _folder_ids(list(groups))
-    else:
-        ids, more = _file_ids(list(groups)), []
+    ids = _ids(list(groups), layout)
     cases = [_case(*ids[place], items, root) for place, items in groups.items()]
-    more = more or patients_note([case.case_id for case in cases], [case.patient for case in cases])
     found = {key for case in cases for key in case.images}
     modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
-    return Draft(layout, cases, modalities, notes=[*notes, *more], problems=problems)
+    return Draft(layout, cases, modalities, notes=notes, problems=problems)
 
 
 def _name(
@@ -338,50 +334,16 @@ def _flat_ids(items: Sequence[_Named]) -> dict[int, str]:
     return ids
 
 
-def _file_ids(places: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[str, str]]:
-    """Place -> ID and patient of cases whose files lie side by side."""
-    leaves, parents = Counter(place[-1] for place in places), Counter(place[:-1] for place in places)
-    unique = max(leaves.values(), default=1) == 1
-    few = len(parents) > 2 and max(parents.values()) <= MOST_VISITS  # HGG/HGG_001_T1 is no patient's folder
-    distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
-    ids = {place: place[-1] if unique else "_".join(place) for place in places}
-    patients = dict(zip(places, patients_in([ids[place] for place in places]), strict=True))
-    for place in places:
-        # As many folders as different names in them, or more: the names are visits or versions, not patients.
-        recurring = not unique and len(parents) >= len(leaves)
-        if len(place) > 1 and len(parents) > 1 and (recurring or (few and place[-1].startswith(place[-2]))):
-            patients[place] = place[-2] if distinct else "_".join(place[:-1])
-    return {place: (ids[place], patients[place]) for place in places}
-
-
-def _folder_ids(
-    places: Sequence[tuple[str, ...]],
-) -> tuple[dict[tuple[str, ...], tuple[str, str]], list[str]]:
-    """Place -> ID and patient. A folder of time points is one patient."""
+def _ids(places: Sequence[tuple[str, ...]], layout: str) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Place -> ID and patient: the last name alone where it is enough, and no visit's."""
     names = list(places)
-    while len(names) > 1 and min(map(len, names)) > 1 and len({name[-1] for name in names}) == 1:
-        names = [name[:-1] for name in names]  # p01/anat, p02/anat
-    leaves = Counter(name[-1] for name in names)
-    parents: Counter[tuple[str, ...]] = Counter(name[:-1] for name in names)
-    few = len(parents) > 2 and max(parents.values()) <= MOST_VISITS  # HGG/HGG_001 is no patient's folder
-    unique = max(leaves.values(), default=1) == 1
-    distinct = max(Counter(parent[-1] for parent in parents if parent).values(), default=1) == 1
-    ids: dict[tuple[str, ...], tuple[str, str]] = {}
-    above = []
-    case_ids = [name[-1] if unique else "_".join(name) for name in names]
-    for place, name, case_id, own in zip(places, names, case_ids, patients_in(case_ids), strict=True):
-        session = len(name) > 1 and (
-            is_visit(name[-1])
-            or (name[-1].startswith(name[-2]) and few)
-            # As many folders above as different names below, or more: the names below are visits, not patients.
-            or (not unique and len(parents) >= len(leaves))
-        )
-        patient = name[-2:][0] if distinct else "_".join(name[:-1])
-        ids[place] = case_id, patient if session else own
-        above += [ids[place][1]] if session else []
-    if above:
-        return ids, [f"A patient's cases are in one folder, by its name ({some(sorted(set(above)), 3)})."]
-    return ids, []
+    if layout == "folders":
+        while len(names) > 1 and min(map(len, names)) > 1 and len({name[-1] for name in names}) == 1:
+            names = [name[:-1] for name in names]  # p01/anat, p02/anat
+    leaves = [name[-1] for name in names]
+    enough = len(set(leaves)) == len(leaves) and not any(len(name) > 1 and is_visit(name[-1]) for name in names)
+    ids = [name[-1] if enough else "_".join(name) for name in names]
+    return dict(zip(places, zip(ids, patients_at(names), strict=True), strict=True))
 
 
 def _case(case_id: str, patient: str, items: Sequence[_Named], root: Path) -> FoundCase:

@@ -225,11 +225,11 @@ def test_a_folder_a_modality(tmp_path: Path) -> None:
         (["p01/anat", "p02/anat"], {"p01": "p01", "p02": "p02"}),
         (
             ["p01/2019-01-02", "p01/20200304", "p02/20180101"],
-            {"2019-01-02": "p01", "20200304": "p01", "20180101": "p02"},
+            {"p01_2019-01-02": "p01", "p01_20200304": "p01", "p02_20180101": "p02"},
         ),
         (["s/p1/ses1", "s/p1/ses2", "t/p1/ses1"], {"s_p1_ses1": "s_p1", "s_p1_ses2": "s_p1", "t_p1_ses1": "t_p1"}),
-        (["s/p1/2020-01-01", "t/p1/2020-01-02"], {"2020-01-01": "s_p1", "2020-01-02": "t_p1"}),
-        (["s/p1/2020-01-01", "s/p2/2020-01-02"], {"2020-01-01": "p1", "2020-01-02": "p2"}),
+        (["s/p1/2020-01-01", "t/p1/2020-01-02"], {"s_p1_2020-01-01": "s_p1", "t_p1_2020-01-02": "t_p1"}),
+        (["s/p1/2020-01-01", "s/p2/2020-01-02"], {"s_p1_2020-01-01": "p1", "s_p2_2020-01-02": "p2"}),
         (["HGG/a", "HGG/b", "LGG/c"], {"a": "a", "b": "b", "c": "c"}),
         (["A/p1", "A/p2", "A/p3", "B/p1"], {"A_p1": "A_p1", "A_p2": "A_p2", "A_p3": "A_p3", "B_p1": "B_p1"}),
         (["x/x_1", "x/x_2", "y/y_1", "z/z_1"], {"x_1": "x", "x_2": "x", "y_1": "y", "z_1": "z"}),
@@ -771,8 +771,8 @@ def test_time_points_in_names_are_one_patients(
         touch(*(place / (f"{visit}_{name}.nii.gz" if flat else f"{name}.nii.gz") for name in ("FLAIR", "T1", "seg")))
     found = discover(tmp_path)
     assert {case.case_id: case.patient for case in found.cases} == dict(zip(visits, patients, strict=True))
-    told = [note for note in found.notes if note.startswith("Time points at the end of a name are one patient's")]
-    assert len(told) == (len(set(patients)) < 3)
+    told = f"One patient by name: {patients[0]} ({visits[0]}, {visits[1]})."
+    assert (sorted(visits) == list(visits) and told in found.notes) == (len(set(patients)) < 3)
 
 
 @pytest.mark.parametrize(
@@ -803,6 +803,26 @@ def test_running_numbers_are_no_time_points(tmp_path: Path) -> None:
     assert {case.patient for case in discover(tmp_path).cases} == {"site1_post_001", "site1_post_002", "site2_pre_001"}
 
 
+def test_a_pattern_finds_patients_that_names_do_not_tell(tmp_path: Path) -> None:
+    for case in ("A7x", "A7y", "B7x", "C12z"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("T1", "FLAIR", "seg")))
+    patients = {"A7x": "A7", "A7y": "A7", "B7x": "B7", "C12z": "C12"}
+    for pattern in (r"[A-Z]\d+", r"^([A-Z]\d+)[a-z]$"):
+        found = discover(tmp_path, patient_pattern=pattern)
+        assert {case.case_id: case.patient for case in found.cases} == patients
+        assert "One patient by name: A7 (A7x, A7y)." in found.notes
+    assert [case.patient for case in discover(tmp_path).cases] == list(patients)
+    text = problem(tmp_path, patient_pattern=r"\d\d")
+    assert text == r"A7x, A7y, B7x fit no patient pattern '\\d\\d': expected all 4 IDs to"
+    assert "is no regular expression: " in problem(tmp_path, patient_pattern="(")
+    # Over what a datalist says.
+    files = {key: "A7x/T1.nii.gz" for key in ("t1", "flair", "label")}
+    cases = [{"case": case, "patient": case, **files} for case in patients]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    listed = discover(tmp_path / "list.json", patient_pattern=".(.)")
+    assert [case.patient for case in listed.cases] == ["7", "7", "7", "1"]
+
+
 def test_test_cases_alone_do_not_train(tmp_path: Path) -> None:
     touch(*(tmp_path / f"{name}.nii.gz" for name in ("t1", "t2", "label")))
     entry = {"case": "a", **{key: f"{key}.nii.gz" for key in ("t1", "t2", "label")}}
@@ -818,7 +838,7 @@ def test_time_points_in_nnunet(tmp_path: Path) -> None:
         touch(tmp_path / f"labelsTr/{case}.nii.gz")
     found = discover(tmp_path)
     assert [case.patient for case in found.cases] == ["p01", "p01", "p02"]
-    assert "Time points at the end of a name are one patient's (p01)." in found.notes
+    assert "One patient by name: p01 (p01_ses1, p01_ses2)." in found.notes
 
 
 def test_time_points_in_a_datalist(tmp_path: Path) -> None:
@@ -830,7 +850,7 @@ def test_time_points_in_a_datalist(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
     found = discover(tmp_path / "list.json")
     assert [case.patient for case in found.cases] == ["p01", "p01", "p02", "other"]
-    assert "Time points at the end of a name are one patient's (p01)." in found.notes
+    assert "One patient by name: p01 (p01_ses1, p01_20200131)." in found.notes
     assert [case.patient for case in find_cases(tmp_path / "list.json", ["t1", "t2"])] == ["p01", "p01", "p02", "other"]
 
 
