@@ -282,6 +282,11 @@ def _cases(items: Sequence[_Named], root: Path, notes: list[str]) -> tuple[dict[
             flat |= {(name,): group for name, group in groups.items() if name and len({i.key for i in group}) > 1}
             strays += [item for name, group in groups.items() if (name,) not in flat for item in group]
     if folders and flat:
+        named = {place: {flat_ids[id(item)] for item in members} for place, members in folders.items()}
+        if all(len(ids) == 1 and "" not in ids for ids in named.values()):  # p01/p01_a_T1 beside p02/p02_a_T1, p02_b_T1
+            flat |= {(*place, *named[place]): members for place, members in folders.items()}
+            folders = {}
+    if folders and flat:
         one, other = next(iter(folders.values()))[0].source.path, next(iter(flat.values()))[0].source.path
         raise DataError(
             [

@@ -823,6 +823,18 @@ def test_a_pattern_finds_patients_that_names_do_not_tell(tmp_path: Path) -> None
     assert [case.patient for case in listed.cases] == ["7", "7", "7", "1"]
 
 
+def test_studies_in_patients_folders_some_of_which_have_one(tmp_path: Path) -> None:
+    """As PI-CAI's: a patient's folder, whose files begin with the study."""
+    studies = ("10000_1000000", "10005_1000005", "10005_1000006", "10011_1000011")
+    for study in studies:
+        touch(*(tmp_path / study[:5] / f"{study}_{name}.mha" for name in ("t2w", "adc", "seg")))
+    found = discover(tmp_path)
+    assert {case.case_id: case.patient for case in found.cases} == {study: study[:5] for study in studies}
+    assert names(found)["10005_1000006"]["adc"] == "10005/10005_1000006_adc.mha"
+    touch(*(tmp_path / "other" / f"{name}.mha" for name in ("t2w", "adc", "seg")))
+    assert "looks like two layouts: a folder a case" in problem(tmp_path)
+
+
 def test_test_cases_alone_do_not_train(tmp_path: Path) -> None:
     touch(*(tmp_path / f"{name}.nii.gz" for name in ("t1", "t2", "label")))
     entry = {"case": "a", **{key: f"{key}.nii.gz" for key in ("t1", "t2", "label")}}
