@@ -124,17 +124,17 @@ def fold_splits(cases: Sequence[dict[str, Any]], *, folds: int, seed: int = 0, v
     random = np.random.RandomState(seed)
     order = [list(patients)[i] for i in random.permutation(len(patients))]
     tested: list[list[str]] = [[] for _ in range(folds)]
-    for patient in sorted(order, key=lambda patient: -len(patients[patient])):
-        min(tested, key=lambda fold: sum(len(patients[p]) for p in fold)).append(patient)
     size = max(round(validation * len(patients)), 1)
+    most = len(patients) - size - 1  # one is left to train, whoever has most of the cases
+    if folds * most < len(patients):
+        raise DataError([f"{len(patients)} patients are too few for {folds} folds: none would be left for training"])
+    for patient in sorted(order, key=lambda patient: -len(patients[patient])):
+        room = [fold for fold in tested if len(fold) < most]
+        min(room, key=lambda fold: sum(len(patients[p]) for p in fold)).append(patient)
     splits = []
     for fold in tested:
         rest = [patient for patient in order if patient not in fold]
         validated = [rest[i] for i in random.permutation(len(rest))[:size]]
-        if len(validated) == len(rest):
-            raise DataError(
-                [f"{len(patients)} patients are too few for {folds} folds: none would be left for training"]
-            )
         chosen = {"test": fold, "validation": validated, "train": [p for p in rest if p not in validated]}
         ids = {part: {case for p in chosen[part] for case in patients[p]} for part in PARTS}
         splits.append({part: [item for item in cases if item["case"] in ids[part]] for part in PARTS})

@@ -243,6 +243,17 @@ def test_folds_test_every_case_once_and_keep_patients_together(cases, folds):
     assert splits != fold_splits(items, folds=folds, seed=4)
 
 
+@pytest.mark.parametrize("counts", [[1, 1, 1, 3], [10] + [1] * 6, [12] + [1] * 10, [20] + [1] * 20, [6] + [1] * 7])
+def test_folds_where_one_patient_has_most_of_the_cases(counts):
+    items = [{"case": f"p{n}_{i}", "patient": f"p{n}"} for n, count in enumerate(counts) for i in range(count)]
+    splits = fold_splits(items, folds=2)
+    assert sorted(item["case"] for split in splits for item in split["test"]) == sorted(item["case"] for item in items)
+    for split in splits:
+        check_patients(split)
+        assert all(split[part] for part in PARTS)
+        assert sum(map(len, split.values())) == len(items)
+
+
 def test_folds_that_cannot_be():
     items = [{"case": f"c{i}"} for i in range(3)]
     with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
