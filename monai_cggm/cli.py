@@ -526,6 +526,9 @@ def to_nnunet(
             metavar="NAME=VALUES", help="Train on regions, such as WT=1,2,4; default: the data set's own, else labels."
         ),
     ] = None,
+    no_regions: Annotated[
+        bool, typer.Option("--no-regions", help="Train on the labels, though the data set has regions of its own.")
+    ] = False,
     workers: Workers = WORKERS,
 ) -> None:
     """Write a data set as raw data of nnU-Net 2, to train it on the same cases and the same split.
@@ -549,9 +552,10 @@ def to_nnunet(
     )
     for note in found.notes:
         typer.echo(note)
-    made = write_nnunet(
-        found, out, dataset_id=dataset_id, name=name, split=split, regions=_regions(region), workers=workers
-    )
+    if no_regions and region:
+        raise ValueError("--region and --no-regions exclude each other")
+    regions = _regions(region) if region or no_regions else None
+    made = write_nnunet(found, out, dataset_id=dataset_id, name=name, split=split, regions=regions, workers=workers)
     typer.echo("Channels: " + ", ".join(f"{n:04d} {key}" for n, key in enumerate(found.modalities)))
     for number, values in made.original_values.items():
         typer.echo(f"class {number} was {', '.join(map(str, values))}")

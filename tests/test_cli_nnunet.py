@@ -35,6 +35,28 @@ def test_a_data_set_with_the_split_of_a_bundle(tmp_path: Path) -> None:
     assert "The fold: after nnUNetv2_plan_and_preprocess" in text
 
 
+def test_regions_of_the_data_set_or_of_the_user_or_none(tmp_path: Path) -> None:
+    source = folders(tmp_path / "data")
+    files = {"t2": "T2", "adc": "ADC", "label": "seg"}
+    cases = [{"case": p, **{k: f"{p}/{p}_{name}.nii.gz" for k, name in files.items()}} for p in PATIENTS]
+    (source / "list.json").write_text(json.dumps({"regions": {"gland": [1, 2], "core": [2]}, "training": cases}))
+    for number, (options, labels) in enumerate(
+        [
+            ((), {"gland": [1, 2], "core": 2}),
+            (("--region", "all=1,2"), {"all": [1, 2]}),
+            (("--no-regions",), {"label_1": 1, "label_2": 2}),
+        ]
+    ):
+        out = tmp_path / f"raw{number}"
+        code, text = invoke(out, "--data", source / "list.json", "--id", 501, "--name", "Zones", *options)
+        assert code == 0, text
+        written = json.loads((out / "Dataset501_Zones/dataset.json").read_text())["labels"]
+        assert written == {"background": 0, **labels}
+    both = ("--region", "all=1,2", "--no-regions")
+    code, text = invoke(tmp_path / "raw", "--data", source / "list.json", "--id", 501, "--name", "Zones", *both)
+    assert (code, "--region and --no-regions exclude each other" in text) == (1, True)
+
+
 def test_what_nnunet_cannot_take_is_refused(tmp_path: Path) -> None:
     source = folders(tmp_path / "data")
     (source / "p02" / "p02_T2.nii.gz").unlink()

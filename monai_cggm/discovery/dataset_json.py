@@ -16,9 +16,9 @@ from monai_cggm.discovery.names import modality_of, some
 from monai_cggm.discovery.sources import read_grid
 from monai_cggm.errors import DataError
 
-DATASET = "dataset.json"
-#: nnU-Net's name for the label whose voxels train nothing.
-IGNORE = "ignore"
+DATASET, SPLITS = "dataset.json", "splits_final.json"
+#: nnU-Net's names for the label 0, and for that whose voxels train nothing.
+BACKGROUND, IGNORE = "background", "ignore"
 _CHANNEL = re.compile(r"(?P<id>.+)_(?P<channel>\d{4})", re.DOTALL)
 #: What an evaluation of the parser could begin with: names from a file come into configurations.
 _EVALUATED = re.compile(r"[$@%\x00-\x1f]")
@@ -62,7 +62,7 @@ def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
     notes: list[str] = []
     label_names = label_names_of(content.get("labels"), where, notes)
     regions = label_regions_of(content.get("labels"), where, notes)
-    folders = {name: list_volumes(root / name) for name in ("imagesTr", "labelsTr", "imagesTs")}
+    folders = {name: list_volumes(root / name) for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")}
     training = folders["imagesTr"].volumes
     if not training and not folders["imagesTr"].pictures and not isinstance(content.get("dataset"), dict):
         raise DataError([f"{where} does not fit the files: there is no volume in {root / 'imagesTr'}"])
@@ -74,13 +74,15 @@ def read_dataset_json(content: Mapping[str, Any], root: Path) -> Draft:
         draft = _decathlon(content, root, channels, folders)
     else:
         draft = _nnunet(content, root, channels, folders)
-    count = sum(case.section == "training" for case in draft.cases)
+    count = sum(case.section != "test" for case in draft.cases)
     stated = content.get("numTraining")
     if isinstance(stated, int) and stated != count:
         notes.append(f"{DATASET} says {stated} training cases, {count} are here.")
     named = ", ".join(f"{name} (channel {channel}, {text!r})" for channel, (name, text) in channels.items())
     kind = "an nnU-Net folder" if draft.layout == "nnunet" else "a Decathlon folder, one 4-D file a case"
     draft.notes = [f"{DATASET} describes {kind}: {named}, in this order.", *notes, *draft.notes]
+    if regions:  # which have no place for the names of what they join
+        label_names = {**(label_names or {}), **(label_names_of(content.get("label_names"), where, notes) or {})}
     draft.label_names = label_names
     draft.label_regions = regions
     return draft
@@ -164,6 +166,9 @@ def label_names_of(labels: Any, where: Path, notes: list[str]) -> dict[int, str]
             names[int(number)] = str(name)
         except (TypeError, ValueError) as error:
             raise DataError([f"{where}: label {key!r}: {value!r}, expected a whole number and a name"]) from error
+    negative = [f"{name} ({value})" for value, name in names.items() if value < 0]
+    if negative:
+        raise DataError([f"{where}: labels {some(negative)} are negative, expected values of 0 or more"])
     if not names:
         return None
     safe = {value: _EVALUATED.sub("", name).strip() or f"label_{value}" for value, name in names.items()}
@@ -204,7 +209,7 @@ def regions_of(named: Any, where: Path) -> dict[str, tuple[int, ...]]:
         where: the file, for messages.
 
     Raises:
-        DataError: where a region is not made of whole numbers other than 0.
+        DataError: where a region is not made of whole numbers above 0, or has a name that labels have.
 
     Example:
         >>> regions_of({"whole tumour": [1, 2], "whole_tumour": 2, "2nd": 1, "mean": 1}, Path("dataset.json"))
@@ -216,8 +221,10 @@ def regions_of(named: Any, where: Path) -> dict[str, tuple[int, ...]]:
     problems = []
     for key, value in named.items():
         values = tuple(value if isinstance(value, list) else [value])
-        if not values or not all(type(one) is int and one != 0 for one in values):
-            problems.append(f"{where}: region {key!r}: {value!r}, expected whole numbers other than 0, the background")
+        if not values or not all(type(one) is int and one > 0 for one in values):
+            problems.append(f"{where}: region {key!r}: {value!r}, expected whole numbers above 0, the background")
+        if str(key).lower() in (BACKGROUND, IGNORE):
+            problems.append(f"{where}: region {key!r}: expected another name, this one is nnU-Net's for a label")
         name = re.sub(r"[^A-Za-z0-9]+", "_", str(key)).strip("_")
         # Scores have a column of the regions' mean.
         name = name if name[:1].isalpha() and name != "mean" else f"region_{name}"
@@ -225,7 +232,7 @@ def regions_of(named: Any, where: Path) -> dict[str, tuple[int, ...]]:
         while unique in regions:
             number += 1
             unique = f"{name}_{number}"
-        regions[unique] = values
+        regions[unique] = tuple(dict.fromkeys(values))
     if problems:
         raise DataError(problems)
     return regions
@@ -246,7 +253,8 @@ def _nnunet(
 ) -> Draft:
     problems: list[str] = []
     cases: list[FoundCase] = []
-    labels = {stem_of(volume): volume for volume in folders["labelsTr"].volumes}
+    labels = {name: _labels_in(folders[name], problems) for name in ("labelsTr", "labelsTs")}
+    validated = _one_fold(root)
     for folder, section in (("imagesTr", "training"), ("imagesTs", "test")):
         groups: dict[str, dict[int, Source]] = defaultdict(dict)
         for volume in folders[folder].volumes:
@@ -262,13 +270,36 @@ def _nnunet(
                 groups[match["id"]][number] = volume
         for case_id, files in sorted(groups.items()):
             images = {channels[number][0]: files[number] for number in channels if number in files}
-            label = labels.get(case_id) if section == "training" else None
-            cases.append(FoundCase(case_id, "", images, label, section, str(root / folder)))
+            label = labels[folder.replace("images", "labels")].get(case_id)
+            part = "validation" if section == "training" and case_id in validated else section
+            cases.append(FoundCase(case_id, "", images, label, part, str(root / folder)))
     cases += _listed_elsewhere(content, root, channels, problems)
-    strays = sorted(set(labels) - {case.case_id for case in cases})
+    strays = sorted(set(labels["labelsTr"]) - {case.case_id for case in cases})
     if strays:
         problems.append(f"{len(strays)} labels have no image in {root / 'imagesTr'}: {some(strays)}")
-    return Draft("nnunet", cases, tuple(name for name, _ in channels.values()), problems=problems)
+    notes = (
+        [f"{SPLITS} has one fold: its {len(validated)} validation cases are the validation part."] if validated else []
+    )
+    return Draft("nnunet", cases, tuple(name for name, _ in channels.values()), notes=notes, problems=problems)
+
+
+def _labels_in(listing: Listing, problems: list[str]) -> dict[str, Source]:
+    """Case -> its label."""
+    labels: dict[str, Source] = {}
+    for volume in listing.volumes:
+        case_id = stem_of(volume)
+        rival = labels.setdefault(case_id, volume)
+        if rival is not volume:
+            problems.append(f"case {case_id}: {volume.path} and {rival.path} are both its label, expected one file")
+    return labels
+
+
+def _one_fold(root: Path) -> set[str]:
+    """Cases that validate, where a split lies beside the data and has one fold, as :mod:`.nnunet` writes it."""
+    folds = read_json(root / SPLITS) if (root / SPLITS).is_file() else None
+    if not isinstance(folds, list) or len(folds) != 1 or not isinstance(folds[0], dict):
+        return set()
+    return {str(case_id) for case_id in folds[0].get("val", ())}
 
 
 def _listed_elsewhere(
@@ -297,16 +328,17 @@ def _decathlon(
 ) -> Draft:
     problems: list[str] = []
     cases: list[FoundCase] = []
-    for section, entries in _decathlon_entries(content, folders).items():
+    for section, entries in _decathlon_entries(content, folders, problems).items():
         for image, label in entries:
             try:
                 volume = listed_volume(image, root)
                 found = channel_count(volume)
                 if found != len(channels):
-                    raise ValueError(f"has {found} channels, {DATASET} names {len(channels)}")
+                    raise ValueError(f"{image} has {found} channel{'s' * (found > 1)}, expected {len(channels)}")
                 target = listed_volume(label, root) if label and section == "training" else None
             except ValueError as error:
-                problems.append(f"case {Path(str(image)).name}: {error} ({root / str(image)})")
+                name = re.sub(r"\.nii(\.gz)?$", "", Path(str(image)).name, flags=re.IGNORECASE)
+                problems.append(f"case {name}: {error} ({root / DATASET})")
                 continue
             images = {
                 name: Source(volume.path, position if found > 1 else None, volume.kind)
@@ -317,7 +349,9 @@ def _decathlon(
     return Draft("msd", cases, tuple(name for name, _ in channels.values()), problems=problems)
 
 
-def _decathlon_entries(content: Mapping[str, Any], folders: Mapping[str, Listing]) -> dict[str, list[tuple[Any, Any]]]:
+def _decathlon_entries(
+    content: Mapping[str, Any], folders: Mapping[str, Listing], problems: list[str]
+) -> dict[str, list[tuple[Any, Any]]]:
     """Section -> image and label paths, as ``dataset.json`` lists them, or as the folders hold them."""
     entries: dict[str, list[tuple[Any, Any]]] = {}
     for section, folder in (("training", "imagesTr"), ("test", "imagesTs")):
@@ -325,8 +359,9 @@ def _decathlon_entries(content: Mapping[str, Any], folders: Mapping[str, Listing
         if isinstance(listed, list):
             pairs = [(e.get("image"), e.get(LABEL)) if isinstance(e, dict) else (e, None) for e in listed]
         else:
-            labels = {stem_of(volume): str(volume.path.absolute()) for volume in folders["labelsTr"].volumes}
+            labels = _labels_in(folders["labelsTr"], problems) if section == "training" else {}
+            own = {case_id: str(volume.path.absolute()) for case_id, volume in labels.items()}
             volumes = folders[folder].volumes
-            pairs = [(str(volume.path.absolute()), labels.get(stem_of(volume))) for volume in volumes]
+            pairs = [(str(volume.path.absolute()), own.get(stem_of(volume))) for volume in volumes]
         entries[section] = pairs
     return entries

@@ -145,7 +145,7 @@ def read_datalist(path: Path, modalities: Sequence[str] | None = None) -> Draft:
     content = read_json(path)
     label_names = label_names_of(content.get("labels"), path, notes)
     regions = label_regions_of(content.get("labels"), path, notes)
-    if "regions" in content:
+    if content.get("regions"):
         regions = regions_of(content["regions"], path)
         notes.append(f"Regions of label values: {regions_in_words(regions)}.")
     return Draft("datalist", cases, order, label_names, notes, label_regions=regions)

@@ -61,6 +61,7 @@ def discover(
         patterns: modality -> pattern of file names, such as ``{"flair": "*_FLAIR*.nii.gz"}``, in any letter case; one
             with a ``/`` is for paths below the folder. One alone chooses the files of that modality, and the others are
             recognised. Of several, only these modalities are used, in this order, unless ``modalities`` names others.
+            Not for a datalist, or where a ``dataset.json`` says which files are what.
         label_pattern: the like for the label.
         modalities: the modalities to use, in this order; words of file names that are no known modality may be among
             them. For a datalist with one 4-D ``image``: the names of its channels.
@@ -128,7 +129,10 @@ def _draft(
 ) -> Draft:
     if path.is_file() and path.name == DATASET and described_dataset(path.parent):
         path = path.parent
+    chosen = [f"--modality {key}={text}" for key, text in patterns.items()]
+    chosen += [f"--label {label_pattern}"] if label_pattern else []
     if path.is_file() and path.suffix.lower() == ".json":
+        _refuse_patterns(chosen, path)
         return read_datalist(path, modalities)
     if not path.is_dir():
         found = "is neither a folder nor a .json file" if path.exists() else "does not exist"
@@ -137,7 +141,8 @@ def _draft(
     described = described_dataset(path)
     bids = is_bids(listing, path)
     _refuse_two_layouts(path, described is not None, bids, listing)
-    if described is not None and not patterns:
+    if described is not None:
+        _refuse_patterns(chosen, path / DATASET)
         return read_dataset_json(described, path)
     if not listing.volumes:
         raise DataError([_empty(path, listing)])
@@ -163,6 +168,16 @@ def _draft(
             else f'{volumes} have names that tell none ({names}); give patterns, such as --modality "flair=*FLAIR*"'
         )
     return draft
+
+
+def _refuse_patterns(chosen: Sequence[str], where: Path) -> None:
+    if chosen:
+        raise DataError(
+            [
+                f"{where} says which files are what, and so does {some(chosen)}: expected one of the two "
+                "(--modalities chooses and orders)"
+            ]
+        )
 
 
 def _empty(path: Path, listing: Listing) -> str:

@@ -20,16 +20,14 @@ from monai_cggm.data.labels import LabelConvention, label_convention
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.data.splits import PART_OF, PARTS, split_cases
 from monai_cggm.discovery.convert import Target, links_out, refuse_folder, write_volumes
-from monai_cggm.discovery.dataset_json import DATASET, IGNORE
+from monai_cggm.discovery.dataset_json import BACKGROUND, DATASET, IGNORE, SPLITS
 from monai_cggm.discovery.found import Found, FoundCase
 from monai_cggm.discovery.names import some
 from monai_cggm.discovery.survey import Survey, survey_cases
 from monai_cggm.errors import DataError
 from monai_cggm.files import atomic_path
 
-SPLITS = "splits_final.json"
 ENDING = ".nii.gz"
-BACKGROUND = "background"
 
 #: Part of a split -> folders of images and labels. nnU-Net knows no labelsTs; who scores its predictions does.
 FOLDERS = {
@@ -102,7 +100,7 @@ def write_nnunet(
         split: a file by :func:`monai_cggm.data.splits.write_split`; the data set's own sections otherwise. Cases
             without a label are not among those that it has to list.
         regions: name -> values in the label files, for training on regions, which may be nested. Every value but 0
-            has to be in one. Default: the data set's own, where it has any.
+            has to be in one. Default: the data set's own, where it has any; an empty mapping trains on labels.
         workers: threads that read and write.
         progress: show progress bars.
 
@@ -144,7 +142,14 @@ def write_nnunet(
     survey = survey_cases(used, workers=workers, progress=progress, images=False)
     tables = _tables(used, survey)
     values = _values(tables)
-    labels, order = _labels(values, tables, found.label_names or {}, regions or found.label_regions)
+    try:
+        wanted = found.label_regions if regions is None else regions
+        labels, order = _labels(values, tables, found.label_names or {}, wanted)
+    except DataError as error:
+        if regions is not None or not found.label_regions:
+            raise
+        own = f"{found.source} has regions of its own: give others (--region), or train on labels (--no-regions)"
+        raise DataError([*error.problems, own]) from error
     targets = list(_targets(parts, tables, found.modalities, folder))
     splits = folder / SPLITS if parts["validation"] else None
     problems = [*links_out(targets, folder), *_strays(folder, targets, splits)]
@@ -163,6 +168,9 @@ def write_nnunet(
         "name": name,
         "original_label_values": {str(number): originals for number, originals in values.items()},
     }
+    if order:  # regions take the place of labels, whose names would be lost
+        names = _class_names(values, found.label_names or {})
+        content["label_names"] = {str(number): name for name, number in names.items()}
     _write_json(folder / DATASET, content)
     return NnunetDataset(folder, labels, values, ids, splits, left_out)
 
@@ -296,6 +304,7 @@ def _class_names(values: Mapping[int, tuple[int, ...]], label_names: Mapping[int
         if number > 0:
             plain = f"label_{originals[0]}" if len(originals) == 1 else f"class_{number}"
             name = label_names.get(originals[0], plain)
+            name = IGNORE if name.lower() == IGNORE else name
             names[name if name not in names else f"{name}_{originals[0]}"] = number
     return names
 
@@ -321,6 +330,10 @@ def _regions(
             known = ", ".join(str(value) for value in sorted(of_value) if of_value[value] <= classes)
             found = ", ".join(map(str, strangers)) or "no value"
             problems.append(f"region {name}: found {found}, expected values of the labels: {known}")
+        chosen = [{v for v in t if t[v] in {t.get(own) for own in originals}} for t in tables.values()]
+        merged = sorted(set().union(*chosen) - set(originals)) if not strangers else []
+        if merged:
+            problems.append(f"region {name}: {some(merged)} and a value of it are one class, expected both or none")
         torn = [value for value in originals if len(of_value.get(value, ())) > 1]
         if torn:
             problems.append(f"region {name}: {some(torn)} means different things in cases of different conventions")

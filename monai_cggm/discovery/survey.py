@@ -219,7 +219,7 @@ def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
             counts = label_counts(case.label)
         except ValueError as error:
             problems.append((LABEL, str(error)))
-        unknown = sorted(set(counts) - found.named_values) if found.label_names else []
+        unknown = sorted(set(counts) - {0} - found.named_values) if found.label_names else []
         if unknown:
             problems.append((LABEL, f"has values {unknown} that the list of labels does not name"))
     first = next(iter(grids.values()), None)

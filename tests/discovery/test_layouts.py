@@ -405,10 +405,10 @@ def test_nnunet_with_regions_and_equal_channels(tmp_path: Path) -> None:
     assert (found := discover(tmp_path)).label_regions == {}
     assert found.label_names == {0: "background", 1: "whole", 2: "core"}
     dataset_json(tmp_path, content | {"labels": {"background": 0, "whole": [1, "2"]}})
-    assert "region 'whole': [1, '2'], expected whole numbers other than 0" in problem(tmp_path)
+    assert "region 'whole': [1, '2'], expected whole numbers above 0" in problem(tmp_path)
     for values in ([0, 1], []):
         dataset_json(tmp_path, content | {"labels": {"background": 0, "x": values, "y": [1, 2]}})
-        text = f"region 'x': {values}, expected whole numbers other than 0, the background"
+        text = f"region 'x': {values}, expected whole numbers above 0, the background"
         assert problem(tmp_path).endswith(text)
 
 
@@ -473,7 +473,7 @@ def test_decathlon_that_does_not_fit(tmp_path: Path) -> None:
     decathlon(tmp_path, channels=3)
     (tmp_path / "labelsTr/BRATS_002.nii.gz").unlink()
     text = problem(tmp_path)
-    assert "case BRATS_001.nii.gz: has 3 channels, dataset.json names 4" in text
+    assert "case BRATS_001: ./imagesTr/BRATS_001.nii.gz has 3 channels, expected 4 (" in text
     (tmp_path / "imagesTr/BRATS_002.nii.gz").unlink()
     assert "./imagesTr/BRATS_002.nii.gz is not there" in problem(tmp_path)
 
@@ -833,6 +833,60 @@ def test_studies_in_patients_folders_some_of_which_have_one(tmp_path: Path) -> N
     assert names(found)["10005_1000006"]["adc"] == "10005/10005_1000006_adc.mha"
     touch(*(tmp_path / "other" / f"{name}.mha" for name in ("t2w", "adc", "seg")))
     assert "looks like two layouts: a folder a case" in problem(tmp_path)
+
+
+def test_two_labels_of_one_case_that_dataset_json_describes(tmp_path: Path) -> None:
+    dataset_json(tmp_path / "nnunet", {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}})
+    touch(*(tmp_path / "nnunet" / f"imagesTr/a_000{channel}.nii.gz" for channel in (0, 1)))
+    rivals = [tmp_path / f"nnunet/labelsTr/a.{ending}" for ending in ("nii.gz", "nrrd")]
+    touch(*rivals)
+    text = f"case a: {rivals[1]} and {rivals[0]} are both its label, expected one file"
+    assert text in problem(tmp_path / "nnunet")
+    decathlon(tmp_path / "msd")
+    dataset_json(tmp_path / "msd", {"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}})
+    label(tmp_path / "msd/labelsTr/BRATS_001.nii")
+    assert "case BRATS_001: " in problem(tmp_path / "msd")
+    assert "are both its label, expected one file" in problem(tmp_path / "msd")
+
+
+def test_patterns_have_no_say_where_a_file_describes_the_data(tmp_path: Path) -> None:
+    dataset_json(tmp_path, {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}})
+    touch(*(tmp_path / f"imagesTr/a_000{channel}.nii.gz" for channel in (0, 1)), tmp_path / "labelsTr/a.nii.gz")
+    files = {"t1": "imagesTr/a_0000.nii.gz", "t2": "imagesTr/a_0001.nii.gz", "label": "labelsTr/a.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"case": "a", **files}]}))
+    for source, file in ((tmp_path, "dataset.json"), (tmp_path / "list.json", "list.json")):
+        for options, shown in (
+            ({"label_pattern": "*roi*"}, "--label *roi*"),
+            ({"patterns": {"t1": "*0*"}, "label_pattern": "*roi*"}, "--modality t1=*0*, --label *roi*"),
+        ):
+            text = f"{tmp_path / file} says which files are what, and so does {shown}: expected one of the two"
+            assert text in problem(source, **options)
+        assert discover(source, modalities=["t2", "t1"]).modalities == ("t2", "t1")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            {"labels": {"-1": "unknown", "0": "background", "1": "a"}},
+            "labels unknown (-1) are negative, expected values of",
+        ),
+        ({"regions": {"a": [-1, 1]}}, "region 'a': [-1, 1], expected whole numbers above 0"),
+        ({"regions": {"Ignore": [1], "b": [2]}}, "region 'Ignore': expected another name"),
+        ({"regions": {"background": [1, 2]}}, "region 'background': expected another name"),
+        ({"regions": [1]}, "regions are [1], expected names with label values"),
+    ],
+)
+def test_labels_and_regions_of_a_datalist_that_cannot_be(tmp_path: Path, content: dict[str, Any], text: str) -> None:
+    touch(*(tmp_path / f"{name}.nii.gz" for name in ("t1", "t2", "label")))
+    entry = {"case": "a", **{key: f"{key}.nii.gz" for key in ("t1", "t2", "label")}}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry], **content}))
+    assert text in problem(tmp_path / "list.json")
+    for nothing in ({}, None):
+        (tmp_path / "list.json").write_text(json.dumps({"training": [entry], "regions": nothing, "labels": nothing}))
+        found = discover(tmp_path / "list.json")
+        assert found.label_regions == {}
+        assert not [note for note in found.notes if "egions" in note]
 
 
 def test_test_cases_alone_do_not_train(tmp_path: Path) -> None:

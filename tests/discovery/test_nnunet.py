@@ -121,7 +121,12 @@ def test_round_trip_with_a_split(tmp_path: Path) -> None:
     again = discover(made.folder)
     assert (again.layout, again.modalities) == ("nnunet", ("flair", "t1"))
     assert again.label_names == {0: "background", 1: "label_1", 2: "label_2", 3: "label_4"}
-    assert {case.case_id: case.section for case in again.cases} == dict.fromkeys("acd", "training") | {"b": "test"}
+    sections = {case.case_id: (case.section, case.label is not None) for case in again.cases}
+    train, validation, test = (("training", True), ("validation", True), ("test", True))
+    assert sections == {"a": train, "c": train, "d": validation, "b": test}
+    assert "splits_final.json has one fold: its 1 validation cases are the validation part." in again.notes
+    (made.folder / "splits_final.json").write_text(json.dumps([{"train": ["a", "d"], "val": ["c"]}] * 2))
+    assert {case.section for case in discover(made.folder).cases} == {"training", "test"}  # which of the folds?
     for case in again.cases:
         for key, source in case.images.items():
             np.testing.assert_array_equal(read_volumes(source)[0][..., 0], voxels[case.case_id][key])
@@ -364,6 +369,51 @@ def test_regions_of_the_data_set_itself(tmp_path: Path) -> None:
         assert discover(made.folder).label_regions == {"whole_tumour": (1, 2, 3, 4), "core": (3, 4)}
         made = write(source, tmp_path / f"wished{number}", regions={"all": [1, 2, 4, 5]})
         assert made.labels == {"background": 0, "all": [1, 2, 3, 4], "ignore": 5}
+
+
+def test_regions_of_the_data_set_that_do_not_suit_nnunet(tmp_path: Path) -> None:
+    """Then there is a way to labels, which the sentence names."""
+    folders(tmp_path / "data", "a")
+    found = replace(discover(tmp_path / "data"), label_regions={"a": (1, 2)})
+    text = problem(found, tmp_path / "raw")
+    assert "values 4 are in no region" in text
+    assert (
+        f"{tmp_path / 'data'} has regions of its own: give others (--region), or train on labels (--no-regions)" in text
+    )
+    assert "--no-regions" not in problem(found, tmp_path / "raw", regions={"b": [1]})  # these were asked for
+    made = write(found, tmp_path / "raw", regions={})
+    assert made.labels == {"background": 0, "label_1": 1, "label_2": 2, "label_4": 3}
+
+
+def test_names_of_labels_beside_regions_come_back(tmp_path: Path) -> None:
+    folders(tmp_path / "data", "a")
+    names = {0: "background", 1: "NCR", 2: "ED", 4: "ET"}
+    found = replace(
+        discover(tmp_path / "data"), label_names=names, label_regions={"WT": (1, 2, 4), "TC": (1, 4), "E": (4,)}
+    )
+    made = write(found, tmp_path / "raw")
+    assert made.labels == {"background": 0, "WT": [1, 2, 3], "TC": [1, 3], "E": 3}
+    again = discover(made.folder)
+    assert again.label_names == {0: "background", 1: "NCR", 2: "ED", 3: "ET"}
+    assert again.label_regions == {"WT": (1, 2, 3), "TC": (1, 3), "E": (3,)}
+
+
+def test_a_label_to_ignore_in_any_letter_case(tmp_path: Path) -> None:
+    folders(tmp_path / "data", "a")
+    found = replace(discover(tmp_path / "data"), label_names={0: "background", 1: "a", 2: "b", 4: "Ignore"})
+    assert write(found, tmp_path / "raw").labels == {"background": 0, "a": 1, "b": 2, "ignore": 3}
+    made = write(found, tmp_path / "regions", regions={"ab": [1, 2]})
+    assert made.labels == {"background": 0, "ab": [1, 2], "ignore": 3}
+
+
+def test_regions_that_part_a_class(tmp_path: Path) -> None:
+    """Where a map makes one class of two values, a region has both or none."""
+    found = conventions(tmp_path, a=("0=0,1=1,2=1,4=2", BRATS))
+    assert "region X: 1 and a value of it are one class, expected both or none" in problem(
+        found, tmp_path / "raw", regions={"WT": [1, 2, 4], "X": [2]}
+    )
+    made = write(found, tmp_path / "raw", regions={"WT": [1, 2, 4], "ET": [4]})
+    assert made.labels == {"background": 0, "WT": [1, 2], "ET": 2}
 
 
 def test_places_where_nothing_is_written(tmp_path: Path) -> None:
