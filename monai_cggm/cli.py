@@ -445,6 +445,8 @@ def new_bundle(
     console = _console()
     for table in _survey_tables(made):
         console.print(table)
+    for warning in made.plan.warnings:
+        typer.echo(f"Note: {warning}")
     if made.unlabelled:
         typer.echo(f"Left out: {len(made.unlabelled)} cases without a label.")
     counts = ", ".join(f"{part} {count}" for part, count in made.parts.items())
@@ -498,11 +500,18 @@ def datalist(
     if no_labels:
         found = found.to_predict()
     refuse_folder(out.absolute(), found)
-    survey_cases(found, workers=workers)
+    survey = survey_cases(found, workers=workers)
     items = write_datalist(found, out, copy=copy, workers=workers)
     typer.echo(f"{out / DATALIST}: {len(items)} cases with {', '.join(found.modalities)}")
+    listed = shlex.quote(str((out / DATALIST).absolute()))
+    if not no_labels:
+        told = all(case.told_convention() for case in found.cases)
+        values = sorted({0, *survey.label_values} | found.named_values)
+        labels = "" if told else " --labels " + ",".join(f"{value}={number}" for number, value in enumerate(values))
+        typer.echo("To check its voxels and to draw a split:")
+        for rest in (f"check {listed}", f"split {listed} split.json"):
+            typer.echo(f"  monai-cggm {rest} --modalities {','.join(found.modalities)}{labels}")
     if no_labels:
-        listed = shlex.quote(str((out / DATALIST).absolute()))
         typer.echo("To segment them, in a bundle that was trained on these modalities:")
         typer.echo(f"  python -m monai.bundle run --config_file configs/inference.yaml --dataset_dir {listed}")
 

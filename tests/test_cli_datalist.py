@@ -68,6 +68,28 @@ def test_labelled_cases(tmp_path: Path) -> None:
     assert item["label"] == "volumes/a/label.nii.gz"
 
 
+def test_what_it_says_of_checking_and_splitting_works(tmp_path: Path) -> None:
+    """For labels whose values no ID tells, and for a release whose IDs do."""
+    for number, values in enumerate(((0, 2, 5), (0, 1, 2, 4))):
+        source = tmp_path / f"set{number}"
+        for case in ("a", "b", "c"):
+            name = case if number == 0 else f"Brats18_{case}_1"
+            for key in ("flair", "t1"):
+                image(source / f"{name}/{name}_{key}.nii.gz", spacing=1.0)
+            voxels = np.resize(np.array(values, np.uint8), (10, 12, 14))
+            sitk.WriteImage(sitk.GetImageFromArray(voxels), str(source / f"{name}/{name}_seg.nii.gz"))
+        result = run(tmp_path / f"out{number}", "--data", source)
+        assert result.exit_code == 0, result.output
+        lines = [line.strip() for line in result.stdout.splitlines() if line.startswith("  monai-cggm ")]
+        assert [line.split()[1] for line in lines] == ["check", "split"]
+        assert [line.endswith(" --labels 0=0,2=1,5=2") for line in lines] == [number == 0] * 2
+        for line in lines:
+            arguments = line.replace(" split.json", f" {tmp_path / f'split{number}.json'}").split()[1:]
+            ran = CliRunner().invoke(app, arguments)
+            assert ran.exit_code == 0, ran.output
+        assert json.loads((tmp_path / f"split{number}.json").read_text())["train"]
+
+
 def test_one_modality_where_others_may_be_missing(tmp_path: Path) -> None:
     image(tmp_path / "set/a/flair.nii.gz")
     arguments = (tmp_path / "out", "--data", tmp_path / "set", "--no-labels")

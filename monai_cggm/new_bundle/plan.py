@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
 
-from monai_cggm.data.labels import LARGEST_VALUE
+from monai_cggm.data.labels import LARGEST_VALUE, label_convention
 from monai_cggm.discovery import CaseSurvey, Found, Survey
 from monai_cggm.discovery.dataset_json import IGNORE
 from monai_cggm.discovery.names import slug_of
@@ -98,6 +98,7 @@ class BundlePlan:
         on_disk: whether prepared volumes are kept in a folder instead of in memory.
         floors: modality -> value at which its background ends, of those whose background is not 0.
         reasons: choice -> why, in words, for the one who reads what was printed.
+        warnings: what training will not see, a sentence each.
     """
 
     title: str
@@ -117,6 +118,7 @@ class BundlePlan:
     on_disk: bool
     floors: Mapping[str, float]
     reasons: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def label_map(self) -> str:
@@ -157,7 +159,7 @@ def plan_bundle(
     wishes = wishes or Wishes()
     _check(wishes)
     training_cases = min(map(len, trained))
-    labels = Survey(tuple(case for case in survey.cases if any(case.case_id in ids for ids in trained))).label_values
+    training = Survey(tuple(case for case in survey.cases if any(case.case_id in ids for ids in trained)))
     classes = _classes(found, survey)
     number = {value: index for index, value in enumerate(classes)}
     regions = _regions(wishes.regions or found.label_regions, classes, number)
@@ -189,7 +191,7 @@ def plan_bundle(
         spatial_dims=dims,
         orientation=orientation,
         size=size,
-        class_weights=_weights([labels.get(value, 0) for value in classes]),
+        class_weights=_weights([training.label_values.get(value, 0) for value in classes]),
         network=wishes.network,
         volumes_per_batch=volumes,
         samples_per_volume=samples,
@@ -204,8 +206,10 @@ def plan_bundle(
             "their size": f"{' × '.join(map(str, size))}: the images fill {shown} voxels",
             "a batch": a_batch,
             "epochs": f"{epochs} of {a_epoch} iteration{'s' * (a_epoch > 1)}, validated every {val_interval}",
+            "class weights": f"one over the root of the share of voxels in the {len(training.cases)} cases that train",
             "prepared volumes": f"about {memory / 1e9:.1f} GB, kept {'on disk' if on_disk else 'in memory'}",
         },
+        warnings=tuple(_warnings(found, survey, trained, classes, regions)),
     )
 
 
@@ -224,6 +228,7 @@ def check_wishes(found: Found, wishes: Wishes) -> None:
     _check(wishes)
     problems = [_REGION_NAME.format(name) for name in wishes.regions if not _is_region(name)]
     problems += floor_problems(found.modalities, wishes.floors)
+    problems += _merging(found)
     if IGNORE in map(str.lower, (found.label_names or {}).values()):
         problems.append(
             f"{found.source} has a label named ignore, whose voxels are to be left out of training, which is not done "
@@ -231,6 +236,44 @@ def check_wishes(found: Found, wishes: Wishes) -> None:
         )
     if problems:
         raise DataError(problems)
+
+
+def _merging(found: Found) -> Iterator[str]:
+    """Problems of maps that a datalist tells, in which values share a class: here each value has its own."""
+    for name in sorted({case.convention for case in found.cases if case.convention}):
+        to_class = label_convention(name).to_class
+        shared = [value for value, number in to_class.items() if list(to_class.values()).count(number) > 1]
+        if shared:
+            yield (
+                f"{found.source}: its 'labels' {name!r} make one class of values {', '.join(map(str, shared))}, and a "
+                "bundle gives each value its own: leave 'labels' out, and join values by regions"
+            )
+
+
+def _warnings(
+    found: Found,
+    survey: Survey,
+    trained: Sequence[Collection[str]],
+    classes: Mapping[int, str],
+    regions: Mapping[str, Sequence[int]],
+) -> Iterator[str]:
+    """What is named and nowhere, or in no case that trains, of the values, modalities and regions."""
+    nowhere = [value for value in classes if value not in survey.label_values]
+    for value in nowhere:
+        yield f"No label has the value {value} ({classes[value]}): this class has nothing to learn from."
+    for number, ids in enumerate(trained):
+        cases = [case for case in survey.cases if case.case_id in ids]
+        seen = set().union(*(case.label_values for case in cases))
+        present = {key for key in found.modalities if any(key not in case.missing for case in cases)}
+        fold = f" of fold {number}" if len(trained) > 1 else ""
+        lacking = [f"value {value} ({classes[value]})" for value in classes if value not in {*seen, *nowhere}]
+        lacking += [key for key in found.modalities if key not in present]
+        if lacking:
+            yield f"No case that trains{fold} has {', '.join(lacking)}: another --seed draws another split."
+    scored = {number for members in regions.values() for number in members}
+    left = [str(value) for number, value in enumerate(classes) if number > 0 and number not in scored]
+    if left:
+        yield f"Values {', '.join(left)} are in no region: they are trained on, not scored."
 
 
 def _is_region(name: str) -> bool:

@@ -206,6 +206,18 @@ def test_labels_that_dataset_json_does_not_name(tmp_path: Path) -> None:
     assert "case a: label has values [2] that the list of labels does not name" in survey_problem(tmp_path)
 
 
+def test_the_background_needs_no_name(tmp_path: Path) -> None:
+    for number in (0, 1):
+        image(tmp_path / f"a/t{number + 1}.nii.gz", seed=number)
+    voxels = label(tmp_path / "a/seg.nii.gz")
+    files = {"t1": "a/t1.nii.gz", "t2": "a/t2.nii.gz", "label": "a/seg.nii.gz"}
+    names = {str(value): f"n{value}" for value in np.unique(voxels) if value > 0}
+    (tmp_path / "list.json").write_text(json.dumps({"labels": names, "training": [{"case": "a", **files}]}))
+    survey = survey_cases(discover(tmp_path / "list.json"), progress=False)
+    assert survey.problems == ()
+    assert 0 in survey.label_values
+
+
 def test_a_label_in_a_channel(tmp_path: Path) -> None:
     voxels = np.zeros((*SHAPE, 2), np.uint8)
     voxels[0, 0, 0, 1] = 3

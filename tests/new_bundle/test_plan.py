@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from monai_cggm.discovery import CaseSurvey, Found, FoundCase, Source, Survey
 from monai_cggm.errors import DataError
 from monai_cggm.new_bundle import BundlePlan, Wishes, plan_bundle
+from monai_cggm.new_bundle.plan import check_wishes
 
 VOXELS = {0: 90_000, 1: 9_000, 4: 1_000}
 
@@ -169,6 +171,38 @@ def test_cases_that_only_test_weigh_no_class(tmp_path):
         made = plan_bundle(found, survey, trained)
         np.testing.assert_allclose(made.class_weights, raw / raw.sum(), atol=5e-4)
         assert made.volumes_per_batch == min(2, min(map(len, trained)))
+
+
+def test_what_training_will_not_see_is_said(tmp_path):
+    """A class of the test part alone, one that is only named, a modality of one case, a class in no region."""
+    file = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), file)
+    voxels = {"p01": {0: 900, 1: 100}, "p02": {0: 800, 1: 200}, "p03": {0: 10, 1: 10, 2: 5}}
+    cases = tuple(FoundCase(p, p, {"ct": Source(file)}, Source(file)) for p in voxels)
+    found = Found(tmp_path, "folders", ("ct", "pet"), cases, {0: "air", 1: "a", 2: "b", 3: "c"})
+    survey = Survey(
+        tuple(
+            CaseSurvey(p, (4, 4, 4), (1, 1, 1), "LPS", counts, missing=() if p == "p03" else ("pet",))
+            for p, counts in voxels.items()
+        )
+    )
+    nowhere = "No label has the value 3 (c): this class has nothing to learn from."
+    unseen = "No case that trains has value 2 (b), pet: another --seed draws another split."
+    assert plan_bundle(found, survey, [{"p01", "p02"}]).warnings == (nowhere, unseen)
+    assert plan_bundle(found, survey, [{"p01", "p03"}]).warnings == (nowhere,)
+    folds = plan_bundle(found, survey, [{"p01", "p03"}, {"p01", "p02"}], Wishes(regions={"ab": [1, 2]}))
+    left = "Values 3 are in no region: they are trained on, not scored."
+    assert folds.warnings == (nowhere, unseen.replace("trains", "trains of fold 1"), left)
+
+
+def test_maps_in_which_values_share_a_class_are_refused(tmp_path):
+    case = FoundCase("p01", "p01", {}, Source(tmp_path / "x.nii"), convention="0=0,1=1,2=1")
+    found = Found(tmp_path, "datalist", ("ct", "pet"), (case,))
+    with pytest.raises(
+        DataError, match="'labels' '0=0,1=1,2=1' make one class of values 1, 2, and a bundle gives each"
+    ):
+        check_wishes(found, Wishes())
+    check_wishes(replace(found, cases=(replace(case, convention="brats2018"),)), Wishes())
 
 
 def test_large_data_are_kept_on_disk(tmp_path):
