@@ -113,6 +113,18 @@ def test_errors_end_with_one_line(root: Path, options: list[str], message: str) 
     assert not (root.parent / "out").exists()
 
 
+def test_patterns_that_no_file_fits(root: Path) -> None:
+    """The labels alone make no case."""
+    result = run(root, root.parent / "out", "--reference", "t1", "--modality", "t1=*XX*", "--modality", "flair=*YY*")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"t1 is in no case of {root}: no file fits the pattern *XX*",
+        f"flair is in no case of {root}: no file fits the pattern *YY*",
+        "Error: 2 problems",
+    ]
+    assert not (root.parent / "out").exists()
+
+
 def test_an_output_inside_the_data(root: Path) -> None:
     result = run(root, root / "out", "--reference", "t1")
     assert result.exit_code == 1

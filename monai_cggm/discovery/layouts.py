@@ -70,7 +70,8 @@ def discover(
         need_label: whether training cases must have a label; then one is also looked for that no name tells.
         allow_missing: whether cases may lack modalities (one is enough).
         keep_bad: judge no case: it may have ``problems`` (such as two files for one modality, or another case's ID),
-            lack modalities or its label, and one modality is enough. For callers that go on without bad cases.
+            lack modalities or its label, and one modality is enough. For callers that go on without bad cases; where
+            no case has any modality, there is nothing to go on with, and this raises all the same.
 
     Returns:
         What was found.
@@ -105,9 +106,11 @@ def discover(
     if repeated and not keep_bad:
         raise DataError(repeated)
     cases, renamed = _with_safe_ids(cases)
-    problems = [] if keep_bad else _missing(cases, order, path, need_label, allow_missing, wanted, label_pattern)
-    if problems:
-        raise DataError(problems)
+    # A caller that goes on without bad cases needs one to go on with: an empty data set is no result.
+    if not (keep_bad and cases):
+        problems = _missing(cases, order, path, need_label, allow_missing, wanted, label_pattern)
+        if problems:
+            raise DataError(problems)
     notes = [*draft.notes, *visits, *renamed]
     if lacking:
         notes.append(f"Left out: {len(lacking)} cases with no modality: {some(case.case_id for case in lacking)}.")

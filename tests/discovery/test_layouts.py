@@ -964,6 +964,20 @@ def test_bad_cases_are_kept_for_callers_that_go_on_without_them(tmp_path: Path) 
         assert [text for text, _ in case.problems][1] == "2 cases have this ID, expected one"
 
 
+def test_no_case_at_all_is_an_error_also_where_bad_cases_are_kept(tmp_path: Path) -> None:
+    """The same sentences as where they are not: files of labels alone make no case."""
+    touch(*(tmp_path / case / f"{name}.nii.gz" for case in ("a", "b") for name in ("ct", "pet", "seg")))
+    patterns = {"ct": "*XX*", "pet": "*YY*"}
+    text = problem(tmp_path, patterns=patterns, keep_bad=True)
+    assert text.splitlines()[1:] == [
+        f"  ct is in no case of {tmp_path}: no file fits the pattern *XX*",
+        f"  pet is in no case of {tmp_path}: no file fits the pattern *YY*",
+    ]
+    assert text == problem(tmp_path, patterns=patterns)
+    kept = discover(tmp_path, patterns={**patterns, "pet": "pet*"}, keep_bad=True)
+    assert [sorted(case.images) for case in kept.cases] == [["pet"], ["pet"]]
+
+
 def test_cases_to_predict(tmp_path: Path) -> None:
     touch(*(tmp_path / case / f"{name}.nii.gz" for case in ("a", "b") for name in ("flair", "seg")))
     text = problem(tmp_path, need_label=False)
