@@ -112,7 +112,7 @@ def _build(case: FoundCase, part: Path, settings: AlignSettings) -> None:
     outputs = dict(aligned)
     notes: list[str] = []
     if settings.mask != "none":
-        outputs["mask"] = mask_of(aligned[settings.reference], settings.mask)
+        outputs["mask"] = _case_mask(case, aligned[settings.reference], settings)
         if settings.apply_mask:
             outputs |= {name: sitk.Mask(image, outputs["mask"], fills[name]) for name, image in aligned.items()}
     volumes: dict[str, list[float]] = {}
@@ -155,6 +155,18 @@ def _read_image(case: FoundCase, name: str, settings: AlignSettings) -> sitk.Ima
     if problem is not None:
         raise CaseError(case.case_id, f"{name} {problem}", source.path)
     return image
+
+
+def _case_mask(case: FoundCase, reference: sitk.Image, settings: AlignSettings) -> sitk.Image:
+    mask = mask_of(reference, settings.mask)
+    # Applied, it would leave no image; written, it is wrong of any case.
+    if not sitk.GetArrayViewFromImage(mask).any():
+        message = (
+            f"the {settings.mask} mask of {settings.reference} has no voxel, expected at least one: "
+            "choose another mask or none"
+        )
+        raise CaseError(case.case_id, message, case.images[settings.reference].path)
+    return mask
 
 
 def _case_label(case: FoundCase, source: Source) -> sitk.Image:

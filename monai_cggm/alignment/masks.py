@@ -14,7 +14,7 @@ _AIR = -500.0  # HU, between air and fat
 
 
 def mask_of(image: sitk.Image, kind: str) -> sitk.Image:
-    """Find the ``brain`` or the ``body`` in an image, uint8, without holes."""
+    """Find the ``brain`` or the ``body`` in an image, uint8, without holes; empty where there is none."""
     inside = _largest(_brain(image) if kind == "brain" else _body(image))
     filled = sitk.BinaryFillhole(inside) if kind == "brain" else _fill_slices(inside)
     return sitk.Cast(filled, sitk.sitkUInt8)

@@ -543,6 +543,46 @@ def test_body_mask_of_ct(tmp_path: Path, flipped: bool) -> None:
     assert not mask[:, 2].any()
 
 
+def thin() -> np.ndarray:
+    """Bright and nowhere as thick as the opening of the body's mask; the rest is dark."""
+    voxels = np.full((12, 36, 12), 10, np.int16)
+    voxels[4:8, 3:33, 4:7] = 400
+    return voxels
+
+
+def all_air() -> np.ndarray:
+    return np.random.default_rng(0).integers(-1000, -600, (12, 36, 12)).astype(np.int16)
+
+
+@pytest.mark.parametrize("apply_mask", [False, True])
+@pytest.mark.parametrize("voxels", [thin, all_air], ids=lambda voxels: voxels.__name__)
+def test_an_empty_mask_erases_no_case(tmp_path: Path, voxels: Callable[[], np.ndarray], apply_mask: bool) -> None:
+    """The case is refused as other bad ones are, and what an earlier run made of it stays."""
+    root, out = tmp_path / "cases", tmp_path / "out"
+    path = write(case_path(root, "ct"), voxels(), affine_of(SPACING, (12, 36, 12)))
+    thick = np.full((12, 36, 12), -1000, np.int16)
+    thick[2:10, 3:33, 2:10] = 40
+    write(case_path(root, "ct", "Phantom_008"), thick, affine_of(SPACING, (12, 36, 12)))
+    settings = AlignSettings("ct", ("ct",), mask="body", apply_mask=apply_mask)
+    done = align(root, out, settings)
+    assert (done.made, done.refused) == (("Phantom_008",), (CASE,))
+    message = f"the body mask of ct has no voxel, expected at least one: choose another mask or none ({path})"
+    assert done.problems == (f"case {CASE}: {message}",)
+    assert sorted(file.name for file in out.iterdir()) == ["Phantom_008", "datalist.json", "report.html"]
+    assert [case.case_id for case in find_cases(out / "datalist.json", ["ct"])] == ["Phantom_008"]
+    assert voxels_of(case_path(out, "mask", "Phantom_008")).sum() > 1000
+    assert align(root, out, AlignSettings("ct", ("ct",))).problems == ()
+    assert align(root, out, settings).refused == (CASE,)
+    assert np.array_equal(voxels_of(case_path(out, "ct")), voxels())
+
+
+def test_an_empty_brain_mask_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_case, "mask_of", lambda image, kind: sitk.Cast(image * 0, sitk.sitkUInt8))
+    (problem,) = run(root, mask="brain").problems
+    assert problem.startswith(f"case {CASE}: the brain mask of flair has no voxel, expected at least one")
+    assert not (root.parent / "out" / CASE).exists()
+
+
 # ---------------------------------------------------------------------- the data set
 
 
