@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def _build(case: FoundCase, part: Path, settings: AlignSettings) -> None:
         move = moves[settings.drawn_on].transform
         outputs["seg"] = label_on_grid(label, grid, move, settings.label_interpolation)
         volumes = label_volumes(label, outputs["seg"])
-        notes += [f"label value {value} is lost on the new grid" for value, (_, new) in volumes.items() if new == 0]
+        notes += _label_notes(volumes)
     files = [write_image(image, part / f"{case.case_id}_{name}.nii.gz") for name, image in outputs.items()]
     record = {
         "format": _FORMAT,
@@ -174,6 +175,12 @@ def _case_label(case: FoundCase, source: Source) -> sitk.Image:
         return read_label(source)
     except ValueError as error:
         raise CaseError(case.case_id, f"{LABEL} {error}", source.path) from error
+
+
+def _label_notes(volumes: Mapping[str, Sequence[float]]) -> list[str]:
+    if not volumes:
+        return ["label has no value but 0, as that of a healthy control"]
+    return [f"label value {value} is lost on the new grid" for value, (_, new) in volumes.items() if new == 0]
 
 
 def _fill_value(case: FoundCase, name: str, image: sitk.Image, settings: AlignSettings) -> float:

@@ -114,8 +114,6 @@ def read_label(source: Source) -> sitk.Image:
     voxels = sitk.GetArrayViewFromImage(image)
     if np.any(voxels != np.rint(voxels)):
         raise ValueError("holds fractions, expected whole numbers")
-    if not voxels.any():
-        raise ValueError("has no value but 0, expected at least one labelled voxel")
     if np.issubdtype(voxels.dtype, np.integer):
         return image
     return sitk.Cast(image, sitk.sitkUInt8 if voxels.min() >= 0 and voxels.max() <= 255 else sitk.sitkInt32)

@@ -221,6 +221,31 @@ def test_a_lost_label_is_noted(root: Path) -> None:
     assert f"{CASE}: label value 4 is lost on the new grid." in (root.parent / "out/report.html").read_text()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_label_of_a_healthy_control_is_taken_and_noted(root: Path, dtype: Any) -> None:
+    affine = affine_of(OTHER_SPACING, OTHER_SHAPE, OBLIQUE)
+    write(case_path(root, "seg"), np.zeros(OTHER_SHAPE, dtype), affine)
+    done = run(root)
+    assert (done.made, done.problems, done.incomplete) == ((CASE,), (), {})
+    made = voxels_of(output(root, "seg"))
+    assert (made.dtype, made.shape, made.max()) == (np.uint8, SHAPE, 0)
+    assert record(root)["label_volumes_mm3"] == {}
+    assert record(root)["notes"] == ["label has no value but 0, as that of a healthy control"]
+    page = (root.parent / "out/report.html").read_text()
+    assert f"{CASE}: label has no value but 0, as that of a healthy control." in page
+    (entry,) = json.loads((root.parent / "out/datalist.json").read_text())["training"]
+    assert entry["label"] == f"{CASE}/{CASE}_seg.nii.gz"
+
+
+def test_a_label_that_is_lost_as_a_whole_is_none_of_a_healthy_control(root: Path) -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[2, 2, 2] = 4
+    write(case_path(root, "seg"), labels, affine_of(SPACING, SHAPE))
+    run(root, spacing=(6.0, 6.0, 6.0))
+    assert voxels_of(output(root, "seg")).max() == 0
+    assert record(root)["notes"] == ["label value 4 is lost on the new grid"]
+
+
 def test_the_reference_stays_as_it_is(root: Path) -> None:
     run(root)
     before, after = nib.load(case_path(root, "flair")), nib.load(output(root, "flair"))
@@ -740,11 +765,6 @@ def label_elsewhere(root: Path) -> str:
     return "label and flair lie apart in space: label spans"
 
 
-def empty_label(root: Path) -> str:
-    path = write(case_path(root, "seg"), np.zeros(SHAPE, np.uint8), affine_of(SPACING, SHAPE))
-    return f"label has no value but 0, expected at least one labelled voxel ({path})"
-
-
 def soft_label(root: Path) -> str:
     write(case_path(root, "seg"), np.full(SHAPE, 0.5, np.float32), affine_of(SPACING, SHAPE))
     return "label holds fractions, expected whole numbers"
@@ -768,8 +788,8 @@ def two_files(root: Path) -> str:
 
 
 BEFORE = [
-    no_reference, no_image, sheared, flat, one_slice, series, complex_numbers, elsewhere, label_elsewhere, empty_label,
-    soft_label, two_files,
+    no_reference, no_image, sheared, flat, one_slice, series, complex_numbers, elsewhere, label_elsewhere, soft_label,
+    two_files,
 ]  # fmt: skip
 DURING = [cut_short, cut_short_gzip, empty_image, not_a_number]
 
