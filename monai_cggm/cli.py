@@ -309,8 +309,10 @@ def align(
     """  # noqa: D301
     from monai_cggm.alignment import AlignSettings
     from monai_cggm.alignment import align as align_cases
+    from monai_cggm.alignment.report import unlisted_text
     from monai_cggm.alignment.settings import REPORT
     from monai_cggm.discovery import discover
+    from monai_cggm.discovery.convert import DATALIST
     from monai_cggm.discovery.names import modality_of
 
     found = discover(
@@ -345,6 +347,8 @@ def align(
     counts = f"{len(done.made)} cases aligned, {len(done.kept)} were there already, {len(done.refused)} refused"
     typer.echo(f"{out}: {counts}")
     typer.echo(f"Report: {out / REPORT}")
+    if done.unlisted:
+        typer.echo(unlisted_text(done.unlisted, str(out / DATALIST)))
     if done.refused:
         _fail(f"{len(done.refused)} cases have problems")
 

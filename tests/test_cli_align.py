@@ -96,6 +96,22 @@ def test_a_bad_case_ends_with_exit_code_1(root: Path, tmp_path: Path) -> None:
     assert f"{out}: 1 cases aligned, 0 were there already, 1 refused" in result.stdout
 
 
+def test_a_case_that_went_away_is_told_at_the_end(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--reference", "t1", "--modalities", "t1,t2", "--workers", "0")
+    assert "earlier runs" not in run(root, out, *options).stdout
+    (root / CASES[1]).rename(tmp_path / "elsewhere")
+    result = run(root, out, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-3:] == [
+        f"{out}: 0 cases aligned, 1 were there already, 0 refused",
+        f"Report: {out / 'report.html'}",
+        f"Folders of earlier runs that are not in {out / 'datalist.json'}: {CASES[1]}; "
+        f"remove them, or give {out / 'datalist.json'}, since a command that is given the whole folder takes them in.",
+    ]
+    assert (out / CASES[1] / "align.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from monai_cggm.alignment.case import align_case, case_problems, is_done, part_folder, record_of
 from monai_cggm.alignment.images import itk_reason
 from monai_cggm.alignment.report import not_registered, write_report
-from monai_cggm.alignment.settings import AlignSettings
+from monai_cggm.alignment.settings import RECORD, AlignSettings
 from monai_cggm.data.labels import convention_for
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.discovery.convert import list_cases, refuse_folder
@@ -41,6 +41,8 @@ class Aligned:
         refused: IDs of the others.
         incomplete: ID -> modalities that an aligned case lacks, and ``"label"`` where others have one.
         unregistered: ID -> modalities whose registration was refused, so that they kept their place.
+        unlisted: folders that an earlier run made of cases which are not in the datalist now: those that went away,
+            and refused ones. They stay where they are.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Aligned:
     refused: tuple[str, ...]
     incomplete: Mapping[str, Sequence[str]]
     unregistered: Mapping[str, Sequence[str]]
+    unlisted: tuple[str, ...]
 
 
 def align(
@@ -70,7 +73,8 @@ def align(
     ``out`` gets ``ID/ID_<modality>.nii.gz``, ``ID/ID_seg.nii.gz``, ``ID/ID_mask.nii.gz``, ``ID/align.json`` (what was
     done) and ``ID/overlay.svg``, and for all cases ``datalist.json`` (sections, patients, label conventions and names
     of label values stay), which everything here reads, and ``report.html``. A case's folder appears when all of it is
-    written. A second run makes only what is missing or had other settings or inputs (by size and time of change).
+    written. A second run makes only what is missing or had other settings or inputs (by size and time of change), and
+    deletes nothing: the folder of a case that went away stays, and is named.
 
     Args:
         found: the cases (see :func:`~monai_cggm.discovery.discover`, with ``keep_bad=True``: a bad case is refused
@@ -123,7 +127,8 @@ def align(
     records = {case.case_id: record_of(folder / case.case_id) or {} for case in good}
     paths = {case.case_id: _outputs(case, records[case.case_id], folder) for case in good}
     list_cases(replace(found, cases=tuple(good)), paths, folder)
-    write_report(records, refused, settings, folder)
+    unlisted = _unlisted(good, folder)
+    write_report(records, refused, unlisted, settings, folder)
     wanted = [*settings.modalities, *([LABEL] if any(case.label for case in cases) else [])]
     lacking = {case.case_id: [key for key in wanted if key not in case.sources()] for case in good}
     return Aligned(
@@ -134,6 +139,7 @@ def align(
         refused=tuple(sorted(bad)),
         incomplete={case_id: names for case_id, names in lacking.items() if names},
         unregistered={case_id: names for case_id, record in records.items() if (names := not_registered(record))},
+        unlisted=unlisted,
     )
 
 
@@ -158,6 +164,13 @@ def _outputs(case: FoundCase, record: Mapping[str, Sequence[str]], out: Path) ->
     names = {name: name for name in case.images} | ({LABEL: "seg"} if case.label is not None else {}) | {"mask": "mask"}
     files = {key: f"{case.case_id}_{name}.nii.gz" for key, name in names.items()}
     return {key: out / case.case_id / file for key, file in files.items() if file in record["files"]}
+
+
+def _unlisted(listed: Sequence[FoundCase], out: Path) -> tuple[str, ...]:
+    """Folders of cases that this command made earlier and that are not listed now; hidden ones nobody reads."""
+    names = {case.case_id for case in listed}
+    made = [path.parent.name for path in out.glob(f"*/{RECORD}")]
+    return tuple(sorted(name for name in made if name not in names and not name.startswith(".")))
 
 
 def _run(

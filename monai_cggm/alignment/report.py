@@ -20,6 +20,8 @@ from monai_cggm.alignment.registration import BINS, Move
 from monai_cggm.alignment.settings import OVERLAY, REPORT, AlignSettings
 from monai_cggm.analysis.pages import DASH, Picture, Section, Table, page, without_folders
 from monai_cggm.data.checks import format_shape
+from monai_cggm.discovery.convert import DATALIST
+from monai_cggm.discovery.names import some
 from monai_cggm.errors import CaseError
 from monai_cggm.files import atomic_path
 
@@ -81,13 +83,31 @@ def _tile(plane: NDArray[Any], height: float, width: float, low: float, high: fl
     return levels.astype(np.uint8), (height * rows) / (width * columns)
 
 
+def unlisted_text(names: Sequence[str], datalist: str, most: int = 20) -> str:
+    """What to do about folders in the output that are of earlier runs only.
+
+    Example:
+        >>> unlisted_text(["p03", "p07"], "out/datalist.json").split("; ")[0]
+        'Folders of earlier runs that are not in out/datalist.json: p03, p07'
+    """
+    return (
+        f"Folders of earlier runs that are not in {datalist}: {some(names, most)}; "
+        f"remove them, or give {datalist}, since a command that is given the whole folder takes them in."
+    )
+
+
 def write_report(
-    records: Mapping[str, Mapping[str, Any]], refused: Sequence[CaseError], settings: AlignSettings, out: Path
+    records: Mapping[str, Mapping[str, Any]],
+    refused: Sequence[CaseError],
+    unlisted: Sequence[str],
+    settings: AlignSettings,
+    out: Path,
 ) -> None:
     """Write the page with what was done to every case, which stands alone."""
     sections = [
         Section("What was done", bullets=_described(settings)),
         _refused_section(refused),
+        Section("Folders of earlier runs", [unlisted_text(unlisted, DATALIST, len(unlisted))]) if unlisted else None,
         Section("Cases", _case_notes(records), blocks=[_case_table(records)] if records else []),
     ]
     if settings.register and records:

@@ -662,6 +662,31 @@ def test_a_second_run_does_only_what_is_needed(root: Path, monkeypatch: pytest.M
     assert run(root, spacing=(3.0, 3.0, 3.0)).made == (CASE,)
 
 
+def test_folders_of_cases_that_went_away_are_told(root: Path) -> None:
+    """Of a case that is not in the source any more, and of one that is refused now; a folder of one's own is not."""
+    out = root.parent / "out"
+    for case in ("Phantom_008", "Phantom_009"):
+        write_case(root, case)
+    assert run(root).unlisted == ()
+    (root / "Phantom_008").rename(root.parent / "elsewhere")
+    case_path(root, "flair", "Phantom_009").unlink()
+    write(out / "mine" / "mine_flair.nii.gz", np.ones(SHAPE, np.int16), np.eye(4))
+    (out / "Phantom_008").rename(out / ".Phantom_008.old")  # of a run that was killed
+    assert run(root).unlisted == ("Phantom_009",)
+    (out / ".Phantom_008.old").rename(out / "Phantom_008")
+    assert run(root).unlisted == ("Phantom_008", "Phantom_009")
+    assert case_path(out, "t1", "Phantom_008").is_file()
+    assert [case.case_id for case in find_cases(out / "datalist.json", PAIR)] == [CASE]
+    sentence = (
+        "Folders of earlier runs that are not in datalist.json: Phantom_008, Phantom_009; "
+        "remove them, or give datalist.json, since a command that is given the whole folder takes them in."
+    )
+    assert sentence in (out / "report.html").read_text()
+    (root.parent / "elsewhere").rename(root / "Phantom_008")
+    done = run(root)
+    assert (done.kept, done.unlisted) == ((CASE, "Phantom_008"), ("Phantom_009",))
+
+
 def test_files_of_others_are_carried_over(root: Path) -> None:
     run(root, mask="brain")
     mine = output(root, "pred")
