@@ -28,6 +28,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 }
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # no files on Windows
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
 
@@ -129,13 +130,13 @@ def _place(case: Case, root: Path) -> tuple[str, ...]:
 
 
 def is_safe_id(case_id: str) -> bool:
-    """Whether an ID can be a file's name: letters, digits, ``.``, ``_`` and ``-``, and never ``..``.
+    """Whether an ID can be a file's name anywhere: letters, digits, ``.``, ``_``, ``-``, never ``..`` or ``con``.
 
     Example:
-        >>> is_safe_id("Brats18_2013_2_1"), is_safe_id("../x"), is_safe_id("a..b"), is_safe_id("")
-        (True, False, False, False)
+        >>> [is_safe_id(name) for name in ("Brats18_2013_2_1", "../x", "a..b", "", "con")]
+        [True, False, False, False, False]
     """
-    return _SAFE_ID.fullmatch(case_id) is not None and ".." not in case_id
+    return _SAFE_ID.fullmatch(case_id) is not None and ".." not in case_id and not _DEVICE.match(case_id)
 
 
 def _cases_in_folder(folder: Path, modalities: Sequence[str], labels: str | None) -> list[Case]:

@@ -339,6 +339,7 @@ def _safe_names(names: Iterable[str]) -> dict[str, str]:
         if name not in safe:
             plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
             plain = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9._-]+", "_", plain)).strip("._-") or "case"
+            plain = plain if is_safe_id(plain) else f"case_{plain}"  # con
             unique, number = plain, 1
             while unique.casefold() in taken:
                 number += 1

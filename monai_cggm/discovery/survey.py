@@ -137,7 +137,7 @@ class Survey:
 def survey_cases(
     found: Found, *, workers: int = 0, progress: bool = True, skip_bad: bool = False, images: bool = True
 ) -> Survey:
-    """Read every volume, once.
+    """Read every volume, once, after all headers.
 
     A case's volumes must have one grid: shape, orientation, and the place of every voxel to
     :data:`monai_cggm.data.checks.AFFINE_TOLERANCE`. Labels must be whole numbers, none negative, at most
@@ -154,14 +154,20 @@ def survey_cases(
         The survey.
 
     Raises:
-        DataError: one sentence for each kind of problem, which names the first volumes with it, unless ``skip_bad``.
+        DataError: one sentence for each kind of problem, which names the first volumes with it, unless ``skip_bad``;
+            of headers (2-D, unreadable, different grids), if there are any, else of voxels.
     """
     with (
         ThreadPoolExecutor(max(workers, 1)) as pool,
         tqdm(total=len(found.cases), desc="Looking at cases", unit="case", disable=not progress) as bar,
     ):
+        # What headers tell is told before voxels are read, which takes long.
+        headers = list(pool.map(_headers_of, found.cases))
+        wrong = sentences([problem for one in headers for problem in one.problems], len(found.cases))
+        if wrong and not skip_bad:
+            raise DataError(wrong)
         cases = []
-        for one in pool.map(lambda case: _survey_case(case, found, images), found.cases):
+        for one in pool.map(lambda case, header: _survey_case(case, found, header, images), found.cases, headers):
             cases.append(one)
             bar.update()
     survey = Survey(tuple(cases))
@@ -198,18 +204,34 @@ def label_counts(source: Source) -> dict[int, int]:
     return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
+@dataclass(frozen=True)
+class _Headers:
+    """The grids of a case's volumes, and what is wrong with them."""
+
+    grids: Mapping[str, Grid]
+    problems: tuple[Problem, ...]
+
+
+def _headers_of(case: FoundCase) -> _Headers:
     grids: dict[str, Grid] = {}
-    problems: list[tuple[str, str]] = []
-    for key, source in case.sources().items():
+    problems = []
+    sources = case.sources()
+    for key, source in sources.items():
         try:
             grids[key] = read_grid(source)
         except ValueError as error:
-            problems.append((key, str(error)))
+            problems.append(Problem(case.case_id, key, str(error), source.path))
     differing, advice = _grid_problems(grids)
+    apart = [Problem(case.case_id, key, what, sources[key].path, advice) for key, what in differing.items()]
+    return _Headers(grids, (*apart, *problems))
+
+
+def _survey_case(case: FoundCase, found: Found, headers: _Headers, images: bool) -> CaseSurvey:
+    grids = headers.grids
+    problems: list[tuple[str, str]] = []
     intensities: dict[str, Intensities] = {}
     # images are long to read: not of a case that is refused anyway
-    for sources in _by_file(case.images) if images and not problems and not differing else ():
+    for sources in _by_file(case.images) if images and not headers.problems else ():
         looked, bad = _look_at_images(sources)
         intensities |= looked
         problems += bad.items()
@@ -232,10 +254,7 @@ def _survey_case(case: FoundCase, found: Found, images: bool) -> CaseSurvey:
         counts,
         intensities,
         tuple(key for key in found.modalities if key not in case.images),
-        (
-            *(Problem(case.case_id, key, what, paths[key], advice) for key, what in differing.items()),
-            *(Problem(case.case_id, key, what, paths[key]) for key, what in problems),
-        ),
+        (*headers.problems, *(Problem(case.case_id, key, what, paths[key]) for key, what in problems)),
     )
 
 

@@ -623,7 +623,7 @@ def test_unclear_names(tmp_path: Path) -> None:
 
 def test_names_that_a_configuration_would_evaluate(tmp_path: Path) -> None:
     folder = tmp_path / "%data"
-    odd = ["$import", "@ref", "100%", "Müller, J", "a b", "a_b", "..", "A_B"]
+    odd = ["$import", "@ref", "100%", "Müller, J", "a b", "a_b", "..", "A_B", "NUL", "con.1"]
     for name in odd:
         place = folder / (name if name != ".." else "x..y")
         touch(*(place / f"{key}.nii.gz" for key in ("$flair", "@t1", "seg%")))
@@ -631,7 +631,7 @@ def test_names_that_a_configuration_would_evaluate(tmp_path: Path) -> None:
     ids = [case.case_id for case in found.cases]
     assert len(set(map(str.casefold, ids))) == len(ids) - 1  # only a_b and A_B, which were safe as they were
     assert all(is_safe_id(case.case_id) and is_safe_id(case.patient) for case in found.cases)
-    assert {"import", "ref", "100", "Muller_J", "a_b", "A_B", "a_b_2", "x.y"} == set(ids)
+    assert {"import", "ref", "100", "Muller_J", "a_b", "A_B", "a_b_2", "x.y", "case_NUL", "case_con.1"} == set(ids)
     (note,) = [note for note in found.notes if "were changed" in note]
     assert "'$import' is import" in note
     assert found.modalities == ("flair", "t1")

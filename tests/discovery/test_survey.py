@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from monai_cggm.discovery import discover, survey_cases
+from monai_cggm.discovery import survey as survey_module
 from monai_cggm.discovery.survey import label_counts
 from monai_cggm.errors import DataError
 from tests.discovery.test_layouts import AFFINE, SHAPE, dataset_json, image, label, volume
@@ -138,7 +139,9 @@ def test_files_that_are_no_good(folder: Path) -> None:
     text = survey_problem(folder)
     assert "case a: flair cannot be read:" in text
     assert "case b: flair holds colours, expected one number a voxel" in text
-    assert "case b: label cannot be read to its end:" in text
+    assert "case b: label cannot be read to its end:" not in text  # its header is good
+    skipped = survey_cases(discover(folder), progress=False, skip_bad=True)
+    assert any(problem.startswith("case b: label cannot be read to its end:") for problem in skipped.problems)
     singular = AFFINE.copy()
     singular[1, 1] = 0
     header = nib.load(folder / "a" / "seg.nii.gz").header.copy()
@@ -204,6 +207,22 @@ def test_labels_that_dataset_json_does_not_name(tmp_path: Path) -> None:
         image(tmp_path / f"imagesTr/a_000{number}.nii.gz")
     label(tmp_path / "labelsTr/a.nii.gz")
     assert "case a: label has values [2] that the list of labels does not name" in survey_problem(tmp_path)
+
+
+def test_headers_are_judged_before_voxels_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in ("a", "b", "c"):
+        for number in (1, 2):
+            image(tmp_path / case / f"t{number}.nii.gz", seed=number)
+        label(tmp_path / case / "seg.nii.gz")
+    image(tmp_path / "c/t2.nii.gz", shape=(4, 5, 6))
+    read: list[Path] = []
+    read_volumes = survey_module.read_volumes
+    monkeypatch.setattr(survey_module, "read_volumes", lambda source: read.append(source.path) or read_volumes(source))
+    assert "case c: t2 has shape 4x5x6" in survey_problem(tmp_path)
+    assert read == []
+    survey = survey_cases(discover(tmp_path), progress=False, skip_bad=True)
+    assert survey.bad_cases == ("c",)
+    assert {path.parent.name for path in read if path.name != "seg.nii.gz"} == {"a", "b"}
 
 
 def test_the_background_needs_no_name(tmp_path: Path) -> None:
