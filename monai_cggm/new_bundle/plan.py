@@ -179,7 +179,7 @@ def plan_bundle(
     epochs = max(_PAPER_EPOCHS if wishes.network == "paper" else 1, math.ceil(_ITERATIONS / a_epoch))
     val_interval = max(1, epochs // _VALIDATIONS)
     epochs = val_interval * math.ceil(epochs / val_interval)
-    a_batch = f"{volumes} case{'s' * (volumes > 1)}, {samples} {'slices' if dims == 2 else 'patches'} of each"
+    a_batch = f"{_cases(volumes)}, {samples} {'slices' if dims == 2 else 'patches'} of each"
     memory = sum(math.prod(c.shape) for c in survey.cases if c.shape) * (2 * len(found.modalities) + 1)
     on_disk = memory > _MEMORY_BYTES
     shown = " × ".join(f"{extent[a]:.0f}" for a in order)
@@ -206,7 +206,7 @@ def plan_bundle(
             "their size": f"{' × '.join(map(str, size))}: the images fill {shown} voxels",
             "a batch": a_batch,
             "epochs": f"{epochs} of {a_epoch} iteration{'s' * (a_epoch > 1)}, validated every {val_interval}",
-            "class weights": f"one over the root of the share of voxels in the {len(training.cases)} cases that train",
+            "class weights": f"one over the root of their share of the voxels, counted in {_cases(len(training.cases))} of training",
             "prepared volumes": f"about {memory / 1e9:.1f} GB, kept {'on disk' if on_disk else 'in memory'}",
         },
         warnings=tuple(_warnings(found, survey, trained, classes, regions)),
@@ -369,6 +369,10 @@ def _extent(found: Found, survey: Survey, floors: Mapping[str, float]) -> tuple[
         shape = tuple(int(end[-1] - end[0] + 1) if len(end) else filled.shape[axis] for axis, end in enumerate(ends))
         boxes.append(CaseSurvey(case.case_id, shape, orientation=known[case.case_id].orientation))
     return _by_axis(boxes, "shape")
+
+
+def _cases(count: int) -> str:
+    return f"{count} case{'s' * (count > 1)}"
 
 
 def _up(size: float) -> int:
