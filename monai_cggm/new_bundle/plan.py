@@ -206,7 +206,7 @@ def plan_bundle(
             "their size": f"{' × '.join(map(str, size))}: the images fill {shown} voxels",
             "a batch": a_batch,
             "epochs": f"{epochs} of {a_epoch} iteration{'s' * (a_epoch > 1)}, validated every {val_interval}",
-            "class weights": f"one over the root of their share of the voxels, counted in {_cases(len(training.cases))} of training",
+            "class weights": f"by the voxels of {_cases(len(training.cases))} of training, one over the root of the share",
             "prepared volumes": f"about {memory / 1e9:.1f} GB, kept {'on disk' if on_disk else 'in memory'}",
         },
         warnings=tuple(_warnings(found, survey, trained, classes, regions)),
