@@ -206,7 +206,7 @@ def plan_bundle(
             "their size": f"{' × '.join(map(str, size))}: the images fill {shown} voxels",
             "a batch": a_batch,
             "epochs": f"{epochs} of {a_epoch} iteration{'s' * (a_epoch > 1)}, validated every {val_interval}",
-            "class weights": f"by the voxels of {_cases(len(training.cases))} of training, one over the root of the share",
+            "class weights": f"one over the root of the share, in {_cases(len(training.cases))} of training",
             "prepared volumes": f"about {memory / 1e9:.1f} GB, kept {'on disk' if on_disk else 'in memory'}",
         },
         warnings=tuple(_warnings(found, survey, trained, classes, regions)),
@@ -241,7 +241,10 @@ def check_wishes(found: Found, wishes: Wishes) -> None:
 def _merging(found: Found) -> Iterator[str]:
     """Problems of maps that a datalist tells, in which values share a class: here each value has its own."""
     for name in sorted({case.convention for case in found.cases if case.convention}):
-        to_class = label_convention(name).to_class
+        try:
+            to_class = label_convention(name).to_class
+        except ValueError:  # no convention's name: a bundle spells its own map out
+            continue
         shared = [value for value, number in to_class.items() if list(to_class.values()).count(number) > 1]
         if shared:
             yield (
