@@ -95,7 +95,8 @@ def discover(
     if unsafe:
         raise DataError([f"{some(unsafe)}: expected names of modalities such as {some(map(modality_of, unsafe))}"])
     draft = _draft(path, wanted, label_pattern, modalities, need_label)
-    problems = [*draft.problems, *([] if keep_bad else _of_cases_alike(draft.cases))]
+    judged = not (keep_bad and draft.modalities)  # without any modality, the cases' problems are the reason
+    problems = [*draft.problems, *(_of_cases_alike(draft.cases) if judged else [])]
     if problems:
         raise DataError(problems)
     order = _order(draft, modalities, path, lenient=keep_bad or (allow_missing and not need_label))
@@ -195,7 +196,7 @@ def _refuse_two_layouts(path: Path, described: bool, bids: bool, listing: Listin
         raise DataError(
             [f"{path} looks like two layouts: nnU-Net or Decathlon ({DATASET}) and BIDS (sub-*): give one's folder"]
         )
-    below = sorted({str(volume.path.relative_to(path).parts[0]) for volume in listing.volumes})
+    below = sorted({part for volume in listing.volumes for part in volume.path.relative_to(path).parts[:1]})
     several = [name for name in below if not described and described_dataset(path / name)]
     if several:
         raise DataError(

@@ -24,7 +24,7 @@ from monai_cggm.discovery.names import (
     words_of,
     written_words,
 )
-from monai_cggm.discovery.sources import has_few_integers, series_description
+from monai_cggm.discovery.sources import SeveralSeriesError, has_few_integers, series_description
 from monai_cggm.errors import DataError
 
 #: Folders that say nothing about the case.
@@ -43,6 +43,7 @@ class _Named:
     words: str  # these, as they are written; where the key is from a folder or a header, that
     folders: tuple[str, ...]
     doubts: tuple[str, ...] = ()
+    series: int = 1  # DICOM series in the folder, where it was looked at
 
     @property
     def rest(self) -> list[str]:
@@ -115,6 +116,9 @@ def recognise(
     ids = _ids(list(groups), layout)
     cases = [_case(*ids[place], items, root) for place, items in groups.items()]
     found = {key for case in cases for key in case.images}
+    mixed = [item for item in named if item.series > 1]
+    complete = wanted or (patterns if only else found if len(found) > 1 else ())
+    cases = _with_mixed_series(cases, mixed, root, complete or ())
     modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
     return Draft(layout, cases, modalities, notes=notes, problems=problems)
 
@@ -146,12 +150,18 @@ def _name(
             if key is not None:
                 words = f"folder {part}"
                 break
-    if key is None and not doubts and source.kind == "dicom":
-        key = key_of_description(series_description(source.path), vocabulary)
-        words = "the series' description"
+    series = 1
+    if key is None and source.kind == "dicom":
+        try:
+            description = series_description(source.path)
+        except SeveralSeriesError as error:
+            description, doubts, series = "", (), error.count
+        if not doubts:
+            key = key_of_description(description, vocabulary)
+            words = "the series' description"
     if key in patterns or set(doubts) & set(patterns) or (only and key != LABEL):
         key, doubts = None, ()
-    return _Named(source, key, name, used, words, _folders(parts, vocabulary), doubts)
+    return _Named(source, key, name, used, words, _folders(parts, vocabulary), doubts, series)
 
 
 def _folders(parts: Sequence[str], vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -175,7 +185,7 @@ def _settle_strangers(named: list[_Named], notes: list[str], *, need_label: bool
     known = {word for item in named if item.key for word in item.rest}
     groups: dict[str, list[_Named]] = defaultdict(list)
     for item in named:
-        if item.key is None and not item.doubts:
+        if item.key is None and not item.doubts and item.series == 1:
             own = known | {word for part in item.folders for word in words_of(part)}
             words = [word for word in item.rest if word not in own]
             if not item.folders:
@@ -359,3 +369,35 @@ def _case(case_id: str, patient: str, items: Sequence[_Named], root: Path) -> Fo
     label = by_key[LABEL][0] if LABEL in by_key else None
     problems = rival_problems(by_key, root, case_id)
     return FoundCase(case_id, patient, images, label, place=str(items[0].source.path.parent), problems=problems)
+
+
+def _with_mixed_series(
+    cases: Sequence[FoundCase], mixed: Sequence[_Named], root: Path, complete: Collection[str]
+) -> list[FoundCase]:
+    """The cases, and a problem with each that has a folder of several DICOM series and is not complete without.
+
+    A case that has all modalities may have such a folder, of localizers for example.
+    """
+    told = list(cases)
+    for item in mixed:
+        folder = item.source.path
+        index = _case_of(folder, told, root)
+        if index is None:  # nothing else of it was found
+            name = "_".join(folder.relative_to(root).parts) or root.resolve().name
+            told.append(FoundCase(name, "", {}, place=str(folder)))
+            index = len(told) - 1
+        if not complete or not set(complete) <= told[index].images.keys():
+            problem = (
+                "several DICOM series lie in one folder, expected one folder a series",
+                f"{item.series} in {folder}",
+            )
+            told[index] = replace(told[index], problems=(*told[index].problems, problem))
+    return told
+
+
+def _case_of(folder: Path, cases: Sequence[FoundCase], root: Path) -> int | None:
+    """Which case a folder belongs to: one of its name, else the only one with files in it or beside it."""
+    named = [index for index, case in enumerate(cases) if case.case_id == folder.name]
+    places = {str(folder), *([str(folder.parent)] if folder.parent != root else [])}
+    near = named or [index for index, case in enumerate(cases) if case.place in places]
+    return near[0] if len(near) == 1 else None

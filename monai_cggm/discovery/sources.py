@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,33 @@ import SimpleITK as sitk  # noqa: N813, as its own documentation does
 
 from monai_cggm.data.checks import format_shape, read_voxels
 from monai_cggm.discovery.found import Kind, Source
+from monai_cggm.discovery.names import some
 
 T = TypeVar("T")
 
 #: DICOM's names of an object that is no image.
 _NO_IMAGE = {"SEG", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO"}
+#: The class that a DICOM file begins with, and those of waveforms, presentation states, raw data, reports, documents,
+#: radiotherapy: a folder of slices may hold such files too.
+_CLASS = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(\d+)")
+_NO_SLICES = {b"9", b"11", b"66", b"88", b"104", b"481"}
 #: From ITK's axes (left, posterior, superior) to NIfTI's (right, anterior, superior).
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class SeveralSeriesError(ValueError):
+    """A folder that holds several DICOM series.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        super().__init__(f"holds {count} DICOM series, expected one folder a series")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.count,)
 
 
 @dataclass(frozen=True)
@@ -43,8 +64,8 @@ def read_grid(source: Source) -> Grid:
 
     Raises:
         ValueError: says what is wrong with the file, which it does not name: unreadable, 2-D, more than four axes,
-            colours, an affine that maps no volume; a DICOM folder with another number of series than one, or one whose
-            slices make no regular grid.
+            colours, an affine that maps no volume; a DICOM folder with another number of series than one, with slices
+            that cannot be read (these it names), or whose slices make no regular grid.
     """
     grid = _guarded(lambda: _GRIDS[source.kind](source.path))
     if source.channel is not None and source.channel >= grid.channels:
@@ -85,9 +106,15 @@ def is_plain(source: Source) -> bool:
 
 
 def series_description(folder: Path) -> str:
-    """What a DICOM series says of its sequence. It may name a person: never print it."""
+    """What a DICOM series says of its sequence. It may name a person: never print it.
+
+    Raises:
+        SeveralSeriesError: where the folder holds several, which no one description tells.
+    """
     try:
         tags = _header(_series(folder)[0])
+    except SeveralSeriesError:
+        raise
     except (ValueError, RuntimeError):
         return ""
     return " ".join(
@@ -201,9 +228,10 @@ def _as_xyz(array: np.ndarray, *, vector: bool = False) -> np.ndarray:
 
 def _series(folder: Path) -> list[str]:
     identifiers = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(identifiers) != 1:
-        hint = "one folder a series" if identifiers else "an image series (convert SEG and RTSTRUCT to NIfTI first)"
-        raise ValueError(f"holds {len(identifiers)} DICOM series, expected {hint}")
+    if len(identifiers) > 1:
+        raise SeveralSeriesError(len(identifiers))
+    if not identifiers:
+        raise ValueError("holds 0 DICOM series, expected an image series (convert SEG and RTSTRUCT to NIfTI first)")
     files = list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifiers[0]))
     header = _header(files[0])
     modality = header.GetMetaData("0008|0060").strip() if header.HasMetaDataKey("0008|0060") else ""
@@ -212,8 +240,39 @@ def _series(folder: Path) -> list[str]:
     return files
 
 
+def _refuse_bad_slices(folder: Path, files: Sequence[str]) -> None:
+    """GDCM leaves out what it cannot read: a gap, or a slice less at an end of the stack, is all that would be left."""
+    names = {Path(file).name for file in files}
+    kinds = {_kind_of_name(name) for name in names}
+    others = [path for path in sorted(folder.iterdir()) if path.name not in names and not path.name.startswith(".")]
+    bad = [path.name for path in others if _kind_of_name(path.name) in kinds and _is_bad_slice(path)]
+    if bad:
+        raise ValueError(f"has {len(bad)} slices that cannot be read ({some(bad)}), expected whole DICOM files")
+
+
+def _kind_of_name(name: str) -> str:
+    """The ending, where it has letters; of ``IM0001`` and ``1.2.840.5`` the whole name but for its numbers."""
+    ending = Path(name).suffix
+    return ending.lower() if re.search("[A-Za-z]", ending) else re.sub(r"\d+", "#", name)
+
+
+def _is_bad_slice(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        told = _CLASS.search(stream.read(2048))
+    if told is not None and told[1] in _NO_SLICES:
+        return False
+    try:
+        _header(path)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _dicom_grid(folder: Path) -> Grid:
     files = _series(folder)
+    _refuse_bad_slices(folder, files)
     if len(files) == 1:
         return _image_grid(Path(files[0]))
     headers = [_header(file) for file in files]

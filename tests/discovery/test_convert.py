@@ -277,6 +277,32 @@ def test_dicom_that_is_no_volume(tmp_path: Path, options: dict[str, Any], text: 
         read_grid(Source(tmp_path / "x", kind="dicom"))
 
 
+@pytest.mark.parametrize("number", [0, 2, 5])
+@pytest.mark.parametrize("keep", [0, 300, -10, None])
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_slice_that_cannot_be_read_is_named(tmp_path: Path, number: int, keep: int | None, bare: bool) -> None:
+    """Also at an end of the stack, where nothing else tells that it is not there."""
+    dicom(tmp_path / "x", np.zeros((6, 5, 6), np.int16))
+    for file in sorted((tmp_path / "x").iterdir()) if bare else []:
+        file.rename(file.with_suffix(""))
+    bad = sorted((tmp_path / "x").iterdir())[number]
+    bad.write_bytes(b"no DICOM" if keep is None else bad.read_bytes()[:keep])
+    (tmp_path / "x" / "README").write_text("no slice")
+    (tmp_path / "x" / "._IM19999.dcm").write_text("what a file server leaves behind")
+    told = rf"^has 1 slices that cannot be read \({bad.name}\), expected whole DICOM files$"
+    with pytest.raises(ValueError, match=told):
+        read_grid(Source(tmp_path / "x", kind="dicom"))
+
+
+def test_a_report_beside_slices_is_no_bad_slice(tmp_path: Path) -> None:
+    dicom(tmp_path / "x", mask())
+    whole = (tmp_path / "x" / "IM10099.dcm").read_bytes()
+    images, report = b"1.2.840.10008.5.1.4.1.1.4", b"1.2.840.10008.5.1.4.1.1.88.1"
+    assert images in whole
+    (tmp_path / "x" / "SR.dcm").write_bytes(whole[:300].replace(images, report))
+    assert read_grid(Source(tmp_path / "x", kind="dicom")).shape == SHAPE
+
+
 def test_dicom_folders_with_another_number_of_series(tmp_path: Path) -> None:
     for series in ("1", "2"):
         dicom(tmp_path / "x", mask(), series=series)
@@ -286,6 +312,52 @@ def test_dicom_folders_with_another_number_of_series(tmp_path: Path) -> None:
     (tmp_path / "y" / "a.dcm").write_bytes(b"no DICOM")
     with pytest.raises(ValueError, match="holds 0 DICOM series, expected an image series"):
         read_grid(Source(tmp_path / "y", kind="dicom"))
+
+
+MIXED = "several DICOM series lie in one folder, expected one folder a series"
+
+
+def refused(folder: Path, **options: Any) -> str:
+    with pytest.raises(DataError) as error:
+        discover(folder, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_several_series_in_a_patients_folder(tmp_path: Path, masks: bool) -> None:
+    """One sentence for all cases, also for callers that go on without bad ones: nothing is left then."""
+    for number, case in enumerate(("p01", "p02", "p03")):
+        for series in range(2 + number % 2):
+            dicom(tmp_path / case, mask(), series=str(series + 1), t0008_103e=f"ct {PERSON}")
+        if masks:
+            label(tmp_path / case / "mask.nii.gz")
+    told = f"case p01: {MIXED} (2 in {tmp_path / 'p01'}); so in 2 more cases: p02, p03"
+    for options in ({}, {"need_label": False}, {"keep_bad": True}, {"patterns": {"ct": "*CT*", "pet": "*PT*"}}):
+        assert refused(tmp_path, **options) == told
+    alone = f"case p02: {MIXED} (3 in {tmp_path / 'p02'})"
+    assert refused(tmp_path / "p02") == alone
+
+
+def test_several_series_in_the_folder_of_one_case(tmp_path: Path) -> None:
+    """The case lacks what they are; where it does not, they are other scans, and are left out."""
+    for case in ("p01", "p02"):
+        for key in ("ct", "pet", "seg"):
+            image(tmp_path / case / f"{key}.nii.gz")
+    for series in ("1", "2"):
+        dicom(tmp_path / "p01" / "more", mask(), series=series)
+        dicom(tmp_path / "p03_pet_ct", mask(), series=series)
+    told = f"case p03_pet_ct: {MIXED} (2 in {tmp_path / 'p03_pet_ct'})"
+    assert refused(tmp_path) == told
+    kept = discover(tmp_path, keep_bad=True)
+    assert [case.case_id for case in kept.cases] == ["p01", "p02"]
+    assert "Left out: 1 cases with no modality: p03_pet_ct." in kept.notes
+    (tmp_path / "p03_pet_ct").rename(tmp_path / "p02" / "more")
+    found = discover(tmp_path)
+    assert "Ignored: 2 volumes that are no modality by name: more, more." in found.notes
+    (tmp_path / "p02" / "pet.nii.gz").unlink()
+    assert refused(tmp_path, allow_missing=True) == f"case p02: {MIXED} (2 in {tmp_path / 'p02/more'})"
+    assert [len(case.problems) for case in discover(tmp_path, keep_bad=True).cases] == [0, 1]
+    assert len(discover(tmp_path, modalities=["ct"], keep_bad=True).cases[1].problems) == 0
 
 
 def test_components_are_channels(tmp_path: Path) -> None:
