@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -189,13 +190,60 @@ def kind_of(path: Path) -> Kind | None:
     return "dicom" if path.is_dir() else None
 
 
-def rival_problems(files: Mapping[str, Sequence[Source]], root: Path, case_id: str) -> tuple[tuple[str, str], ...]:
+class CasesFiles:
+    """The files of all cases, to see what a pattern would choose in them.
+
+    Args:
+        cases: of each case, key -> the files that may be it.
+        root: the data set's folder.
+        volumes: all volumes below it; of no case, a pattern is best to fit none.
+
+    Example:
+        >>> files = CasesFiles([{"t1": [Source(Path("d/a_t1.nii"))]}, {"t1": [Source(Path("d/b_t1.nii"))]}], Path("d"))
+        >>> files.best("t1", ["a_*", "*_t1.nii"])
+        '*_t1.nii'
+    """
+
+    def __init__(
+        self, cases: Sequence[Mapping[str, Sequence[Source]]], root: Path, volumes: Sequence[Source] = ()
+    ) -> None:
+        self._root = root
+        self._keys = [set(files) for files in cases]
+        self._paths = [(n, source.path) for n, files in enumerate(cases) for of in files.values() for source in of]
+        used = {path for _, path in self._paths}
+        self._others = [source.path for source in volumes if source.path not in used]
+        self._known: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def best(self, key: str, patterns: Iterable[str]) -> str | None:
+        """The pattern that gives most cases one file: the first of several, None of none."""
+        best, best_worth = None, (-1, 0)
+        for pattern in patterns:
+            worth = self._worth(key, pattern)
+            if worth > best_worth:
+                best, best_worth = pattern, worth
+            if worth == (sum(key in keys for keys in self._keys), 0):
+                break
+        return best
+
+    def _worth(self, key: str, pattern: str) -> tuple[int, int]:
+        """In how many cases with the key a pattern fits one file alone; and less, the more files of no case it fits."""
+        if (key, pattern) not in self._known:
+            fitting = Counter(number for number, path in self._paths if fits(path, self._root, pattern))
+            good = sum(key in self._keys[number] for number, count in fitting.items() if count == 1)
+            self._known[key, pattern] = good, -sum(fits(path, self._root, pattern) for path in self._others)
+        return self._known[key, pattern]
+
+
+def rival_problems(
+    files: Mapping[str, Sequence[Source]], root: Path, case_id: str, everywhere: CasesFiles | None = None
+) -> tuple[tuple[str, str], ...]:
     """What is wrong where several files of a case may be one modality, or its label, and how to choose one.
 
     Args:
         files: key -> the files that may be it.
         root: the data set's folder.
         case_id: the case.
+        everywhere: the files of all cases, so that the advice suits these too; default: this case's alone.
 
     Example:
         >>> files = {"t1": [Source(Path("d/p1_T1.nii"))], "t2": [Source(Path(f"d/p1_T2{i}.nii")) for i in ("", "_n4")]}
@@ -203,6 +251,7 @@ def rival_problems(files: Mapping[str, Sequence[Source]], root: Path, case_id: s
         (('2 files may be t2, expected one',
           'p1_T2.nii, p1_T2_n4.nii; choose with --modality "t2=*_T2.nii", for example'),)
     """
+    everywhere = everywhere or CasesFiles([files], root)
     names = [source.path.name for sources in files.values() for source in sources]
     doubled = [key for key, rivals in files.items() if len(rivals) > 1 and key != LABEL]
     # Several patterns alone would leave out what they do not name.
@@ -210,8 +259,8 @@ def rival_problems(files: Mapping[str, Sequence[Source]], root: Path, case_id: s
     found, chosen = [], []
     for key, rivals in files.items():
         if len(rivals) > 1:
-            patterns = _patterns_for(rivals, root, case_id, names)
-            pattern = next((p for p in patterns if sum(fits(r.path, root, p) for r in rivals) == 1), "PATTERN")
+            telling = (p for p in _patterns_for(rivals, root, case_id, names) if _chooses_one(p, rivals, root))
+            pattern = everywhere.best(key, telling) or "PATTERN"
             chosen.append(f'--label "{pattern}"' if key == LABEL else f'--modality "{key}={pattern}"')
             listed = some(rival.path.relative_to(root).as_posix() for rival in rivals)
             found.append((f"{len(rivals)} files may be {key}, expected one", listed))
@@ -220,16 +269,45 @@ def rival_problems(files: Mapping[str, Sequence[Source]], root: Path, case_id: s
     return tuple((what, f"{listed}; {advice}") for what, listed in found)
 
 
+def _chooses_one(pattern: str, rivals: Sequence[Source], root: Path) -> bool:
+    return sum(fits(rival.path, root, pattern) for rival in rivals) == 1
+
+
 def _patterns_for(rivals: Sequence[Source], root: Path, case_id: str, names: Sequence[str]) -> Iterator[str]:
-    """Patterns that may tell one of a case's files from the others, in all cases: without the ID, names then places."""
+    """Patterns that may tell one of a case's files from the others, in all cases, the plainest first.
+
+    They are names, then places, without the ID; names with an ID as long; and names that do not go on to the left as
+    another file's does, which tells ``p10_t1`` from ``p10_n4_t1`` where IDs differ in length: ``*[!n]?_t1.nii.gz``.
+    """
     shared = next((index for index, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), 0)
     front = re.sub(r"[\W_]*[^\W_]*$", "", names[0][:shared])
+    parts = [_around(rival.path.name, case_id) or _around(rival.path.name, front) for rival in rivals]
+    for rival, around in zip(rivals, parts, strict=True):
+        yield "*".join(map(glob.escape, around or [rival.path.name]))
     for rival in rivals:
-        name = rival.path.name
-        shared_part = case_id if case_id in name else front
-        yield "*".join(map(glob.escape, name.split(shared_part) if shared_part else [name]))
-    for rival in rivals:
-        yield "*".join(map(glob.escape, rival.path.relative_to(root).as_posix().split(case_id)))
+        place = rival.path.relative_to(root).as_posix()
+        yield "*".join(map(glob.escape, _around(place, case_id) or [place]))
+    for rival, around in zip(rivals, parts, strict=True):
+        if around:
+            own = (len(rival.path.name) - sum(map(len, around))) // (len(around) - 1)
+            yield ("?" * own).join(map(glob.escape, around))
+    for around in filter(None, parts):
+        for rival in rivals:
+            yield from _not_going_on(around[-1], rival.path.name)
+
+
+def _around(name: str, case_id: str) -> list[str]:
+    """What is around an ID that stands in a name as whole words; nothing where it does not."""
+    parts = re.split(rf"(?<![^\W_]){re.escape(case_id)}(?![^\W_])", name, flags=re.IGNORECASE) if case_id else []
+    return parts if len(parts) > 1 else []
+
+
+def _not_going_on(end: str, other: str) -> Iterator[str]:
+    """Patterns of names that end so, and before that differ from another name in one letter."""
+    if other.lower().endswith(end.lower()):
+        for place, letter in enumerate(reversed(other[: len(other) - len(end)])):
+            if letter.isalnum():
+                yield f"*[!{letter}]{'?' * place}{glob.escape(end)}"
 
 
 def _has_dicom(paths: Sequence[Path]) -> bool:

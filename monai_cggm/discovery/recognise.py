@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.data.patients import is_visit, patients_at
-from monai_cggm.discovery.found import Draft, FoundCase, Source, rival_problems, stem_of
+from monai_cggm.discovery.found import CasesFiles, Draft, FoundCase, Source, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
     Vocabulary,
@@ -114,7 +115,9 @@ def recognise(
     notes += _notes_on(named, chosen, only=only)
     groups, layout = _cases(kept, root, notes)
     ids = _ids(list(groups), layout)
-    cases = [_case(*ids[place], items, root) for place, items in groups.items()]
+    files = {place: _by_key(items) for place, items in groups.items()}
+    everywhere = CasesFiles(list(files.values()), root, volumes)
+    cases = [_case(*ids[place], by_key, root, everywhere) for place, by_key in files.items()]
     found = {key for case in cases for key in case.images}
     mixed = [item for item in named if item.series > 1]
     complete = wanted or (patterns if only else found if len(found) > 1 else ())
@@ -136,7 +139,8 @@ def _name(
     parts = source.path.relative_to(root).parts[:-1]
     fitting = [key for key, pattern in patterns.items() if fits(source.path, root, pattern)]
     if fitting:
-        literal = set(words_of(" ".join(patterns[key] for key in fitting)))
+        # the letters in [brackets] are no words
+        literal = set(words_of(" ".join(re.sub(r"\[.*?\]", " ", patterns[key]) for key in fitting)))
         used = frozenset(index for index, word in enumerate(words_of(name)) if word in literal)
         named, own, _ = key_of(name, vocabulary, constant)
         used |= own if named == fitting[0] else frozenset()  # p01_T2_reg, for t2=*_reg.nii.gz
@@ -361,14 +365,21 @@ def _ids(places: Sequence[tuple[str, ...]], layout: str) -> dict[tuple[str, ...]
     return dict(zip(places, zip(ids, patients_at(names), strict=True), strict=True))
 
 
-def _case(case_id: str, patient: str, items: Sequence[_Named], root: Path) -> FoundCase:
-    by_key: dict[str, list[Source]] = defaultdict(list)
+def _by_key(items: Sequence[_Named]) -> dict[str, list[Source]]:
+    by_key: dict[str, list[Source]] = {}
     for item in items:
-        by_key[str(item.key)].append(item.source)
+        by_key.setdefault(str(item.key), []).append(item.source)
+    return by_key
+
+
+def _case(
+    case_id: str, patient: str, by_key: Mapping[str, Sequence[Source]], root: Path, everywhere: CasesFiles
+) -> FoundCase:
     images = {key: by_key[key][0] for key in sorted(by_key) if key != LABEL}
     label = by_key[LABEL][0] if LABEL in by_key else None
-    problems = rival_problems(by_key, root, case_id)
-    return FoundCase(case_id, patient, images, label, place=str(items[0].source.path.parent), problems=problems)
+    problems = rival_problems(by_key, root, case_id, everywhere)
+    place = str(next(iter(by_key.values()))[0].path.parent)
+    return FoundCase(case_id, patient, images, label, place=place, problems=problems)
 
 
 def _with_mixed_series(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -276,11 +277,11 @@ def test_patterns_choose(tmp_path: Path) -> None:
     text = problem(tmp_path)
     assert (
         "case a: 2 files may be t1, expected one (a/T1_n4.nii.gz, a/T1_raw.nii.gz; choose with --modality "
-        '"t1=T1_n4.nii.gz" --label "r*ter1_m*sk.nii.gz", for example); so in 1 more cases: b'
+        '"t1=T1_n4.nii.gz" --label "rater1_mask.nii.gz", for example); so in 1 more cases: b'
     ) in text
     assert "2 files may be label, expected one (a/rater1_mask.nii.gz, a/rater2_mask.nii.gz; choose with --modal" in text
     assert len(text.splitlines()) == 1 + 2  # a sentence for each, and not for each case
-    assert discover(tmp_path, patterns={"t1": "T1_n4.nii.gz"}, label_pattern="r*ter1_m*sk.nii.gz").modalities
+    assert discover(tmp_path, patterns={"t1": "T1_n4.nii.gz"}, label_pattern="rater1_mask.nii.gz").modalities
     none = problem(tmp_path, patterns={"t1": "*_N4*"}, label_pattern="*roi*")
     assert none.endswith("has a label: no file of a case fits the label pattern *roi*")
     pet = problem(tmp_path, patterns={"t1": "*_N4*", "pet": "*imgZ*"}, label_pattern="*rater1*")
@@ -701,13 +702,82 @@ def test_two_files_of_one_case_alone(tmp_path: Path) -> None:
     assert problem(tmp_path / "two").startswith(expected)
     touch(*(tmp_path / "three" / case / f"{case}{end}" for case in ("p01", "p02") for end in WHOLE))
     touch(tmp_path / "three/p01/rp01_T2.nii.gz")
-    assert '(p01/p01_T2.nii.gz, p01/rp01_T2.nii.gz; choose with --modality "t2=r*_T2.nii.gz"' in problem(
+    assert '(p01/p01_T2.nii.gz, p01/rp01_T2.nii.gz; choose with --modality "t2=???_T2.nii.gz"' in problem(
         tmp_path / "three"
     )
 
 
+def advised(text: str) -> dict[str, Any]:
+    """The arguments of discover that a message advises as options of the command line."""
+    (advice,) = set(re.findall("choose with (.*?), for example", text))
+    words = shlex.split(advice)
+    given = list(zip(words[::2], words[1::2], strict=True))
+    told: dict[str, Any] = {"patterns": dict(value.split("=", 1) for key, value in given if key == "--modality")}
+    told["label_pattern"] = dict(given).get("--label")
+    told["modalities"] = dict(given).get("--modalities", "").split(",") if "--modalities" in dict(given) else None
+    return told
+
+
+FOUR = ("p01", "p02", "p03", "p04")
+TEN = tuple(f"p{number}" for number in (1, 2, 14, 110))
+
+
+@pytest.mark.parametrize(
+    ("cases", "more", "advice", "flat"),
+    [
+        (FOUR, ["p01_t2_reg"], '--modality "t2=*_t2.nii.gz"', True),
+        (FOUR, ["p01_t2_reg"], '--modality "t2=*_t2.nii.gz"', False),
+        (FOUR, ["p02_mask"], '--label "*_seg.nii.gz"', True),
+        (FOUR, ["p02_mask"], '--label "*_seg.nii.gz"', False),
+        (FOUR, ["p02_seg_old", "p04_label"], '--label "*_seg.nii.gz"', True),
+        (FOUR, ["p02_seg_old", "p04_label"], '--label "*_seg.nii.gz"', False),
+        (FOUR, ["p02_n4_t1"], '--modality "t1=???_t1.nii.gz"', False),
+        (FOUR, ["p03_a_t1", "p03_z_t1"], '--modality "t1=???_t1.nii.gz"', False),
+        (
+            FOUR,
+            ["p02_n4_t1", "p02_t2_reg"],
+            '--modality "t1=???_t1.nii.gz" --modality "t2=*_t2.nii.gz" --modalities t1,t2,',
+            False,
+        ),
+        (TEN, ["p14_n4_t1"], '--modality "t1=*[!n]?_t1.nii.gz"', False),
+        (TEN, ["p14_n4_t1", "p14_mask"], '--label "*_seg.nii.gz" --modality "t1=*[!n]?_t1.nii.gz"', False),
+        (("n_1", "n_2", "n_3"), ["n_2_raw_t2"], '--modality "t2=???_t2.nii.gz"', False),
+    ],
+)
+def test_the_pattern_that_was_advised_chooses(
+    tmp_path: Path, cases: tuple[str, ...], more: list[str], advice: str, flat: bool
+) -> None:
+    """In the other cases too, which lack the file that is one too many."""
+    plain = [f"{case}_{key}" for case in cases for key in ("t1", "t2", "seg")]
+    for name in plain + more:
+        case = next(case for case in reversed(cases) if name.startswith(case))
+        touch(tmp_path / ("" if flat else case) / f"{name}.nii.gz")
+    text = problem(tmp_path)
+    assert f"choose with {advice}" in text
+    found = discover(tmp_path, **advised(text))
+    assert found.modalities == ("t1", "t2")
+    assert sorted(case.case_id for case in found.cases) == sorted(cases)
+    assert sorted(Path(file).name for files in names(found).values() for file in files.values()) == sorted(
+        f"{name}.nii.gz" for name in plain
+    )
+
+
+def test_the_advised_pattern_leaves_files_of_no_case_alone(tmp_path: Path) -> None:
+    """It would be as good by the file of a template, which is in no case as long as no pattern fits it."""
+    for case in ("a1", "b2"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("T1_mni", "T1_own", "flair", "seg")))
+    touch(tmp_path / "T1_mni.nii.gz")
+    text = problem(tmp_path)
+    assert '--modality "t1=T1_own.nii.gz"' in text
+    assert "Ignored: 1 volumes that are no modality by name: T1_mni.nii.gz." not in text
+    assert {files["t1"] for files in names(discover(tmp_path, **advised(text))).values()} == {
+        "a1/T1_own.nii.gz",
+        "b2/T1_own.nii.gz",
+    }
+
+
 @pytest.mark.parametrize("flat", [True, False])
-def test_the_pattern_that_was_advised_chooses(tmp_path: Path, flat: bool) -> None:
+def test_a_pattern_for_one_modality_leaves_the_others_to_their_names(tmp_path: Path, flat: bool) -> None:
     for name in [f"{case}{end}" for case in ("p01", "p02") for end in (*WHOLE, "_FLAIR.nii.gz")] + [f"p01{REG}"]:
         touch(tmp_path / ("" if flat else name[:3]) / name)
     found = discover(tmp_path, patterns={"t2": "*_T2.nii.gz"})
