@@ -97,6 +97,19 @@ def test_one_modality_where_others_may_be_missing(tmp_path: Path) -> None:
     assert run(*arguments, "--allow-missing").exit_code == 0
 
 
+def test_a_modality_that_all_new_cases_lack(tmp_path: Path) -> None:
+    """As the command's help has it."""
+    for case in ("a", "b"):
+        image(tmp_path / f"set/{case}/flair.nii.gz")
+    result = run(
+        tmp_path / "out", "--data", tmp_path / "set", "--no-labels", "--modalities", "flair,t1", "--allow-missing"
+    )
+    assert result.exit_code == 0, result.output
+    assert "t1 is in no case." in result.stdout
+    listed = json.loads((tmp_path / "out/datalist.json").read_text())["test"]
+    assert [sorted(item) for item in listed] == [["case", "flair", "patient"]] * 2
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

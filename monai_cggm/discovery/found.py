@@ -129,7 +129,8 @@ class Found:
 class Draft:
     """A layout's reading of a folder, before IDs are made safe and the whole is judged.
 
-    Cases whose patient nothing but the ID may tell have none yet.
+    Cases whose patient nothing but the ID may tell have none yet. Where names tell, ``seen`` are the modalities that
+    they name, also those that were not asked for, and ``unused`` the volumes of no case.
     """
 
     layout: str
@@ -139,6 +140,13 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     label_regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
+    unused: tuple[Source, ...] = ()
+
+    @property
+    def by_names(self) -> bool:
+        """Whether the names of files told what they are, so that patterns can tell it too."""
+        return self.layout in ("folders", "files", "bids")
 
 
 @dataclass(frozen=True)

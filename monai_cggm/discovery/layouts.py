@@ -28,9 +28,9 @@ from pathlib import Path
 
 from monai_cggm.data.layouts import is_safe_id
 from monai_cggm.data.patients import patients_in, patients_note
-from monai_cggm.discovery.dataset_json import DATASET, described_dataset, read_dataset_json
+from monai_cggm.discovery.dataset_json import DATASET, channel_count, described_dataset, read_dataset_json
 from monai_cggm.discovery.described import is_bids, read_bids, read_datalist
-from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, list_volumes
+from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, Source, list_volumes
 from monai_cggm.discovery.names import modality_of, some, vocabulary_of
 from monai_cggm.discovery.recognise import recognise
 from monai_cggm.errors import CaseError, DataError
@@ -77,8 +77,11 @@ def discover(
         What was found.
 
     Raises:
-        DataError: lists everything that is wrong: an empty folder, 2-D images, two layouts, one modality only, two
-            files for one modality of a case, missing modalities and labels, a ``dataset.json`` that does not fit.
+        DataError: lists all that is wrong of the first of these kinds, as each needs the ones before it to be right.
+            What makes no data set: an empty folder, 2-D images, two layouts, a ``dataset.json`` or datalist that does
+            not fit. Then what is not clear in cases: files whose names fit two modalities, two files for one modality,
+            several DICOM series in one folder. Then modalities that are asked for and not there, or one only; then
+            IDs that two cases share; last, modalities and labels that cases lack.
 
     Example:
         >>> import tempfile
@@ -99,7 +102,8 @@ def discover(
     problems = [*draft.problems, *(_of_cases_alike(draft.cases) if judged else [])]
     if problems:
         raise DataError(problems)
-    order = _order(draft, modalities, path, lenient=keep_bad or (allow_missing and not need_label))
+    lenient = allow_missing and not need_label
+    order = _order(draft, modalities, path, lenient=keep_bad or lenient)
     cases, visits = _with_patients(draft, patient_pattern)
     cases = [replace(case, images={key: case.images[key] for key in order if key in case.images}) for case in cases]
     lacking = [case for case in cases if not case.images]
@@ -107,11 +111,11 @@ def discover(
     if repeated and not keep_bad:
         raise DataError(repeated)
     cases, renamed = _with_safe_ids(cases)
+    problems = _missing(cases, order, path, allow_missing=allow_missing, lenient=lenient, patterns=wanted)
+    problems += _without_label(cases, draft, path, label_pattern) if need_label else []
     # A caller that goes on without bad cases needs one to go on with: an empty data set is no result.
-    if not (keep_bad and cases):
-        problems = _missing(cases, order, path, need_label, allow_missing, wanted, label_pattern)
-        if problems:
-            raise DataError(problems)
+    if problems and not (keep_bad and cases):
+        raise DataError(problems)
     notes = [*draft.notes, *visits, *renamed]
     if lacking:
         notes.append(f"Left out: {len(lacking)} cases with no modality: {some(case.case_id for case in lacking)}.")
@@ -120,7 +124,10 @@ def discover(
         notes.append(f"Modalities in alphabetical order: {', '.join(order)}.")
     if any(volume.kind == "dicom" for case in cases for volume in case.images.values()):
         notes.append("Case IDs are names of folders: see that none of them is the name of a person.")
-    notes += [f"{key} is missing in {_of_cases(cases, key)}." for key in order if _lacking(cases, key)]
+    for key in order:
+        if _lacking(cases, key):
+            none = len(_lacking(cases, key)) == len(cases)
+            notes.append(f"{key} is in no case." if none else f"{key} is missing in {_of_cases(cases, key)}.")
     return Found(path, draft.layout, order, tuple(cases), draft.label_names, tuple(notes), draft.label_regions)
 
 
@@ -152,7 +159,8 @@ def _draft(
         raise DataError([_empty(path, listing)])
     only = len(patterns) > 1 and not modalities
     if bids:
-        return read_bids(listing, path, patterns=patterns, label_pattern=label_pattern, only=only)
+        draft = read_bids(listing, path, patterns=patterns, label_pattern=label_pattern, only=only)
+        return replace(draft, unused=_unused(listing, draft))
     draft = recognise(
         listing.volumes,
         path,
@@ -163,13 +171,15 @@ def _draft(
         wanted=[modality_of(name) for name in modalities or ()],
         need_label=need_label,
     )
-    if not draft.cases:
-        names = some(sorted({volume.path.name for volume in listing.volumes}))
+    draft = replace(draft, unused=_unused(listing, draft))
+    if not draft.cases and not (modalities and draft.seen):
+        names = _names(listing.volumes)
         volumes = f"no modality in {path}: its {len(listing.volumes)} volumes"
+        advice = _channels_told(draft) or 'give patterns, such as --modality "flair=*FLAIR*"'
         draft.problems.append(
             f"{volumes} ({names}) fit none of the patterns {some(f'{key}={text}' for key, text in patterns.items())}"
             if only
-            else f'{volumes} have names that tell none ({names}); give patterns, such as --modality "flair=*FLAIR*"'
+            else f"{volumes} have names that tell none ({names}); {advice}"
         )
     return draft
 
@@ -182,6 +192,30 @@ def _refuse_patterns(chosen: Sequence[str], where: Path) -> None:
                 "(--modalities chooses and orders)"
             ]
         )
+
+
+def _unused(listing: Listing, draft: Draft) -> tuple[Source, ...]:
+    used = {source.path for case in draft.cases for source in case.sources().values()}
+    return tuple(volume for volume in listing.volumes if volume.path not in used)
+
+
+def _names(volumes: Iterable[Source]) -> str:
+    return some(sorted({volume.path.name for volume in volumes}))
+
+
+def _channels_told(draft: Draft) -> str:
+    """What to do with a 4-D file whose channels nothing names, where one of a few volumes is one."""
+    for volume in [*draft.unused[:3], *(image for case in draft.cases[:1] for image in case.images.values())]:
+        try:
+            count = channel_count(volume)
+        except ValueError:
+            continue
+        if count > 1:
+            return (
+                f"{volume.path.name} has {count} channels: name them in a {DATASET}, or with --modalities for a "
+                "datalist that has one such file a case under image"
+            )
+    return ""
 
 
 def _empty(path: Path, listing: Listing) -> str:
@@ -214,14 +248,37 @@ def _order(draft: Draft, modalities: Sequence[str] | None, path: Path, *, lenien
         keys = tuple(modality_of(name) for name in modalities)
         unknown = [name for name, key in zip(modalities, keys, strict=True) if key not in draft.modalities]
         if unknown and not (lenient and len(unknown) < len(keys)):
-            raise DataError([f"no {some(unknown)} in {path}: its modalities are {some(draft.modalities, 20)}"])
+            raise DataError([_unknown(unknown, draft, path)])
     else:
         keys = draft.modalities
     if len(set(keys)) < (1 if lenient else 2):
-        raise DataError(
-            [f"{path} has one modality only ({some(keys) or 'none'}), expected two or more; give patterns if there are"]
-        )
+        asked = f"one modality only ({some(keys)}) is asked for in {path}, expected two or more"
+        raise DataError([asked if modalities else _too_few(keys, draft, path)])
     return tuple(dict.fromkeys(keys))
+
+
+def _unknown(names: Sequence[str], draft: Draft, path: Path) -> str:
+    """The sentence on modalities that were asked for and are not there."""
+    seen = draft.seen or draft.modalities
+    channels = _channels_told(draft) if draft.by_names and len(seen) < 2 else ""
+    told = f"its modalities are {some(seen, 20)}" if seen else f"names of volumes tell none ({_names(draft.unused)})"
+    pattern = "" if seen else f'give patterns, such as --modality "{modality_of(names[0])}=*{names[0]}*"'
+    return "; ".join(part for part in (f"no {some(names)} in {path}: {told}", channels or pattern) if part)
+
+
+def _too_few(keys: Sequence[str], draft: Draft, path: Path) -> str:
+    """The sentence on a data set with one modality or none, and where others may be."""
+    told = f"one modality only ({some(keys)})" if keys else "no modality by name"
+    told = f"{path} has {told}, expected two or more"
+    if not draft.by_names:
+        return told
+    if channels := _channels_told(draft):
+        return f"{told}; {channels}"
+    if not draft.unused:
+        return f"{told}: there are no other volumes"
+    others = [key for key in ("t1", "flair") if key not in keys][: 2 - len(keys)]
+    options = " ".join(f'--modality "{key}=*_{key.upper()}*"' for key in others)
+    return f"{told}: of the volumes that were ignored ({_names(draft.unused)}) choose some with {options}, for example"
 
 
 def _with_patients(draft: Draft, pattern: str | None) -> tuple[list[FoundCase], list[str]]:
@@ -262,37 +319,51 @@ def _missing(
     cases: Sequence[FoundCase],
     order: Sequence[str],
     path: Path,
-    need_label: bool,
+    *,
     allow_missing: bool,
+    lenient: bool,
     patterns: Mapping[str, str],
-    label_pattern: str | None,
 ) -> list[str]:
     problems = []
     for key in order:
         if len(_lacking(cases, key)) == len(cases):
             told = f": no file fits the pattern {patterns[key]}" if key in patterns else ""
-            problems.append(f"{key} is in no case of {path}{told}")
+            problems += [f"{key} is in no case of {path}{told}"] if told or not lenient else []
         elif _lacking(cases, key) and not allow_missing:
             problems.append(
                 f"{key} is missing in {_of_cases(cases, key)}: mend the files, leave {key} out (--modalities), or "
                 "allow cases that lack it (--allow-missing)"
             )
-    if not (need_label and cases):
-        return problems
+    return problems
+
+
+def _without_label(cases: Sequence[FoundCase], draft: Draft, path: Path, pattern: str | None) -> list[str]:
+    """The sentence on labels that training cases lack."""
     training = [case for case in cases if case.section != "test"]
     without = [case for case in training if case.label is None]
-    if not training:
-        problems.append(f"{path} has test cases only, expected some with a label to train with")
-    elif len(without) == len(training) and label_pattern:
-        problems.append(f"no case in {path} has a label: no file of a case fits the label pattern {label_pattern}")
-    elif len(without) == len(training):
-        problems.append(
-            f"no case in {path} has a label: expected a file with seg, mask, label or lesion in its name; give a "
-            'pattern, such as --label "*expert*"; new cases to predict need none (monai-cggm datalist --no-labels)'
-        )
-    elif without:
-        problems.append(f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}")
-    return problems
+    if cases and not training:
+        return [f"{path} has test cases only, expected some with a label to train with"]
+    if not without:
+        return []
+    if len(without) == len(training):
+        found = f", found {_names(draft.unused) or 'files of modalities alone'}" if draft.by_names else ""
+        none = f"no case in {path} has a label"
+        if pattern:
+            return [f"{none}: no file of a case fits the label pattern {pattern}{found}"]
+        return [
+            f"{none}: expected a file with seg, mask, label or lesion in its name{found}; give a pattern, such as "
+            '--label "*expert*"; new cases to predict need none (monai-cggm datalist --no-labels)'
+        ]
+    near = [volume for volume in draft.unused if any(_is_near(volume, case, draft.layout) for case in without)]
+    choose = ', or choose it with a pattern that fits all labels, such as --label "*_seg*"' if draft.by_names else ""
+    return [
+        f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}, expected one a case: add it, "
+        f"take the case out{choose}{f' (not used there: {_names(near)})' if near else ''}"
+    ]
+
+
+def _is_near(volume: Source, case: FoundCase, layout: str) -> bool:
+    return volume.path.is_relative_to(case.place) if layout == "folders" else case.case_id in volume.path.name
 
 
 def _lacking(cases: Sequence[FoundCase], key: str) -> list[FoundCase]:

@@ -101,11 +101,8 @@ def recognise(
     for item in named:
         if item.doubts and (not wanted or {*wanted, LABEL} & set(item.doubts)):
             doubtful[tuple(item.doubts)].append(item)
-    problems = [
-        f"{items[0].source.path}{f' and {len(items) - 1} more' if len(items) > 1 else ''} may be {' or '.join(doubts)} "
-        f'by name: give patterns, such as --modality "{doubts[0]}=*{doubts[0].upper()}*"'
-        for doubts, items in doubtful.items()
-    ]
+    problems = [_doubt(doubts, items, chosen) for doubts, items in doubtful.items()]
+    seen = tuple(sorted({item.key for item in named if item.key not in (None, IGNORED, LABEL)}))
     if wanted:
         others = Counter(item.key for item in named if item.key not in {*wanted, LABEL, IGNORED, None})
         named = [item for item in named if item.key not in others]
@@ -123,7 +120,7 @@ def recognise(
     complete = wanted or (patterns if only else found if len(found) > 1 else ())
     cases = _with_mixed_series(cases, mixed, root, complete or ())
     modalities = tuple(patterns or ()) if only else tuple(sorted(found | set(patterns or ())))
-    return Draft(layout, cases, modalities, notes=notes, problems=problems)
+    return Draft(layout, cases, modalities, notes=notes, problems=problems, seen=seen)
 
 
 def _name(
@@ -166,6 +163,18 @@ def _name(
     if key in patterns or set(doubts) & set(patterns) or (only and key != LABEL):
         key, doubts = None, ()
     return _Named(source, key, name, used, words, _folders(parts, vocabulary), doubts, series)
+
+
+def _doubt(keys: Sequence[str], items: Sequence[_Named], patterns: Mapping[str, str]) -> str:
+    """The sentence on files that may be several keys: by patterns, where there are some, else by name."""
+    more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+    if set(keys) <= patterns.keys():
+        fitting = " and ".join(f"{key}={patterns[key]}" for key in keys)
+        return f"{items[0].source.path}{more} fit{'' if more else 's'} the patterns {fitting}, expected one of them"
+    return (
+        f"{items[0].source.path}{more} may be {' or '.join(keys)} by name: give patterns, such as "
+        f'--modality "{keys[0]}=*{keys[0].upper()}*"'
+    )
 
 
 def _folders(parts: Sequence[str], vocabulary: Vocabulary) -> tuple[str, ...]:

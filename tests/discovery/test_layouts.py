@@ -283,7 +283,8 @@ def test_patterns_choose(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 1 + 2  # a sentence for each, and not for each case
     assert discover(tmp_path, patterns={"t1": "T1_n4.nii.gz"}, label_pattern="rater1_mask.nii.gz").modalities
     none = problem(tmp_path, patterns={"t1": "*_N4*"}, label_pattern="*roi*")
-    assert none.endswith("has a label: no file of a case fits the label pattern *roi*")
+    found = "found T1_raw.nii.gz, rater1_mask.nii.gz, rater2_mask.nii.gz"
+    assert none.endswith(f"has a label: no file of a case fits the label pattern *roi*, {found}")
     pet = problem(tmp_path, patterns={"t1": "*_N4*", "pet": "*imgZ*"}, label_pattern="*rater1*")
     assert "pet is in no case of" in pet
     assert pet.endswith(": no file fits the pattern *imgZ*")
@@ -303,7 +304,8 @@ def test_patterns_choose(tmp_path: Path) -> None:
         "label": "a/rater2_mask.nii.gz",
     }
     twice = problem(tmp_path, patterns={"t1": "*T1_n4*", "flair": "*n4*"}, label_pattern="rater2*")
-    assert "a/T1_n4.nii.gz and 1 more may be t1 or flair by name" in twice
+    told = "a/T1_n4.nii.gz and 1 more fit the patterns t1=*T1_n4* and flair=*n4*, expected one of them"
+    assert twice == f"{tmp_path}/{told}"
     assert "expected names of modalities such as x_y" in problem(tmp_path, patterns={"$x-y": "*"})
 
 
@@ -321,7 +323,8 @@ def test_chosen_modalities_and_their_order(tmp_path: Path) -> None:
     assert found.modalities == ("t1rho", "flair")
     assert "Not asked for: t1 (2 files), t2 (4 files)." in found.notes
     assert not any("Ignored" in note for note in found.notes)
-    assert "no pet in" in problem(tmp_path, modalities=["flair", "pet"])
+    told = f"no pet in {tmp_path}: its modalities are flair, t1, t2"  # and not those alone that were asked for
+    assert problem(tmp_path, modalities=["flair", "pet"]) == told
     assert "2 files may be t2" in problem(tmp_path)
 
 
@@ -589,12 +592,24 @@ def test_two_layouts(tmp_path: Path) -> None:
 def test_one_modality_and_labels(tmp_path: Path) -> None:
     for case in ("a", "b", "c"):
         touch(tmp_path / case / "flair.nii.gz", tmp_path / case / "seg.nii.gz")
-    assert "has one modality only (flair), expected two or more" in problem(tmp_path)
+    one = f"{tmp_path} has one modality only (flair), expected two or more"
+    assert problem(tmp_path) == f"{one}: there are no other volumes"
+    touch(tmp_path / "a" / "anat1.nii.gz", tmp_path / "b" / "first.nii.gz")
+    assert problem(tmp_path) == (
+        f"{one}: of the volumes that were ignored (anat1.nii.gz, first.nii.gz) choose some with --modality "
+        '"t1=*_T1*", for example'
+    )
+    assert problem(tmp_path, modalities=["flair"]) == (
+        f"one modality only (flair) is asked for in {tmp_path}, expected two or more"
+    )
     touch(*(tmp_path / case / "t1.nii.gz" for case in ("a", "b")))
     (tmp_path / "b" / "seg.nii.gz").unlink()
     text = problem(tmp_path)
     assert f"t1 is missing in 1 of 3 cases: c ({tmp_path / 'c'})" in text
-    assert f"label is missing in 1 of 3 cases: b ({tmp_path / 'b'})" in text
+    assert text.splitlines()[-1] == (
+        f"  label is missing in 1 of 3 cases: b ({tmp_path / 'b'}), expected one a case: add it, take the case out, or "
+        'choose it with a pattern that fits all labels, such as --label "*_seg*" (not used there: first.nii.gz)'
+    )
     assert [case.label is None for case in discover(tmp_path, need_label=False, allow_missing=True).cases] == [
         False,
         True,
@@ -603,8 +618,51 @@ def test_one_modality_and_labels(tmp_path: Path) -> None:
     for case in ("a", "c"):
         (tmp_path / case / "seg.nii.gz").unlink()
     text = problem(tmp_path, allow_missing=True)
-    assert "has a label: expected a file with seg, mask, label or lesion in its name" in text
+    assert text.startswith(
+        f"no case in {tmp_path} has a label: expected a file with seg, mask, label or lesion in its name, found "
+        'anat1.nii.gz, first.nii.gz; give a pattern, such as --label "*expert*"; '
+    )
+    (tmp_path / "a" / "anat1.nii.gz").unlink()
+    (tmp_path / "b" / "first.nii.gz").unlink()
+    assert "in its name, found files of modalities alone; give" in problem(tmp_path, allow_missing=True)
     assert discover(tmp_path, need_label=False, allow_missing=True).modalities == ("flair", "t1")
+
+
+def test_a_modality_that_no_new_case_has(tmp_path: Path) -> None:
+    """New cases may lack it; that a pattern fits nothing is a slip all the same."""
+    for case in ("a", "b"):
+        touch(*(tmp_path / case / f"{name}.nii.gz" for name in ("flair", "t2")))
+    new: dict[str, Any] = {"need_label": False, "allow_missing": True}
+    found = discover(tmp_path, modalities=["flair", "t1"], **new)
+    assert found.modalities == ("flair", "t1")
+    assert [note for note in found.notes if note.startswith("t1 ")] == ["t1 is in no case."]
+    assert [list(case.images) for case in found.cases] == [["flair"]] * 2
+    told = f"no t1 in {tmp_path}: its modalities are flair, t2"
+    assert problem(tmp_path, modalities=["flair", "t1"], need_label=False) == told
+    assert problem(tmp_path, modalities=["t1", "adc"], **new) == told.replace("t1", "t1, adc", 1)
+    told = f"t1 is in no case of {tmp_path}: no file fits the pattern *T1*"
+    assert problem(tmp_path, patterns={"t1": "*T1*"}, **new) == told
+
+
+@pytest.mark.parametrize("name", ["p{}", "p{}_img"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_files_with_channels_that_nothing_names(tmp_path: Path, name: str, masks: bool) -> None:
+    for number in (1, 2):
+        image(tmp_path / f"{name.format(number)}.nii.gz", shape=(*SHAPE, 2))
+        if masks:
+            label(tmp_path / f"p{number}_seg.nii.gz")
+    first = f"{name.format(1)}.nii.gz"
+    told = (
+        f"; {first} has 2 channels: name them in a dataset.json, or with --modalities for a datalist that has one such "
+        "file a case under image"
+    )
+    assert problem(tmp_path).endswith(told)
+    text = problem(tmp_path, modalities=["t2", "adc"])
+    assert text.endswith(told)
+    if masks and "img" not in name:
+        files = "names of volumes tell none (p1.nii.gz, p2.nii.gz)"
+        assert text == f"no t2, adc in {tmp_path}: {files}{told}"
+        assert problem(tmp_path) == f"{tmp_path} has no modality by name, expected two or more{told}"
 
 
 def test_unclear_names(tmp_path: Path) -> None:
