@@ -81,7 +81,8 @@ def recognise(
         need_label: whether to look for a label that no name tells.
 
     Returns:
-        The cases, without any judgement but on names that fit two keys and keys that two files fit.
+        The cases, without any judgement but on names that fit two keys, keys that two files fit, and folders with
+        several DICOM series.
 
     Raises:
         DataError: where some cases are folders and others are files side by side.
