@@ -299,9 +299,10 @@ def _patterns_for(rivals: Sequence[Source], root: Path, case_id: str, names: Seq
         if around:
             own = (len(rival.path.name) - sum(map(len, around))) // (len(around) - 1)
             yield ("?" * own).join(map(glob.escape, around))
-    for around in filter(None, parts):
-        for rival in rivals:
-            yield from _not_going_on(around[-1], rival.path.name)
+    for rival, around in zip(rivals, parts, strict=True):
+        for other in rivals if around else ():
+            excluding = _not_going_on(around[-1], other.path.name)
+            yield from (pattern for pattern in excluding if fits(rival.path, root, pattern))  # it, and not the odd one
 
 
 def _around(name: str, case_id: str) -> list[str]:

@@ -799,6 +799,7 @@ TEN = tuple(f"p{number}" for number in (1, 2, 14, 110))
         ),
         (TEN, ["p14_n4_t1"], '--modality "t1=*[!n]?_t1.nii.gz"', False),
         (TEN, ["p14_n4_t1", "p14_mask"], '--label "*_seg.nii.gz" --modality "t1=*[!n]?_t1.nii.gz"', False),
+        (("q1", "q2", "q34"), ["q34_zz_t1"], '--modality "t1=*[!z]_t1.nii.gz"', False),  # no *[!4]_t1, the odd one
         (("n_1", "n_2", "n_3"), ["n_2_raw_t2"], '--modality "t2=???_t2.nii.gz"', False),
     ],
 )
