@@ -20,7 +20,7 @@ from monai_cggm.discovery.dataset_json import (
     regions_of,
     volume_at,
 )
-from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, rival_problems, stem_of
+from monai_cggm.discovery.found import CasesFiles, Draft, FoundCase, Listing, Source, kind_of, rival_problems, stem_of
 from monai_cggm.discovery.names import (
     IGNORED,
     fits,
@@ -86,6 +86,7 @@ def read_bids(
         else:
             ignored.append(volume.path.name)
     images = {place: files for place, files in groups.items() if set(files) - {LABEL}}
+    everywhere = CasesFiles(list(images.values()), root, listing.volumes)
     cases = [
         FoundCase(
             case_id,
@@ -93,7 +94,7 @@ def read_bids(
             {key: files[key][0] for key in sorted(files) if key != LABEL},
             files[LABEL][0] if LABEL in files else None,
             place=str(next(files[key][0] for key in files if key != LABEL).path.parent),
-            problems=rival_problems(files, root, case_id),
+            problems=rival_problems(files, root, case_id, everywhere),
         )
         for (case_id, patient), files in sorted(images.items())
     ]

@@ -508,8 +508,9 @@ def test_bids(tmp_path: Path) -> None:
     text = problem(tmp_path)
     assert (
         "case sub-02: 2 files may be flair, expected one (sub-02/anat/sub-02_FLAIR.nii.gz, "
-        'sub-02/anat/sub-02_run-2_FLAIR.nii.gz; choose with --modality "flair=*_run-2_FLAIR.nii.gz", for example)'
+        'sub-02/anat/sub-02_run-2_FLAIR.nii.gz; choose with --modality "flair=*[!n]??_FLAIR.nii.gz", for example)'
     ) in text
+    assert names(discover(tmp_path, **advised(text)))["sub-02"]["flair"] == "sub-02/anat/sub-02_FLAIR.nii.gz"
     patterns = {"t1": "derivatives/bet/*_desc-preproc_T1w*", "flair": "*sub-0[12]*_FLAIR*"}
     assert "2 files may be flair" in problem(tmp_path, patterns=patterns)
     patterns["flair"] = "*[!2]_FLAIR*"
