@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,11 +110,12 @@ def show_plainly() -> None:
     sys.excepthook = hook
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Iterable[object], most: int = 5) -> str:
     """A list in words, cut after a few.
 
     Example:
         >>> some(["a", "b", "c"], 2)
         'a, b and 1 more'
     """
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    texts = [text if (text := str(name)).isprintable() else repr(text) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

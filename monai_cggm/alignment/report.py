@@ -21,8 +21,7 @@ from monai_cggm.alignment.settings import OVERLAY, REPORT, AlignSettings
 from monai_cggm.analysis.pages import DASH, Picture, Section, Table, page, without_folders
 from monai_cggm.data.checks import format_shape
 from monai_cggm.discovery.convert import DATALIST
-from monai_cggm.discovery.names import some
-from monai_cggm.errors import CaseError
+from monai_cggm.errors import CaseError, some
 from monai_cggm.files import atomic_path
 
 _TILE = 128  # pixels along the longer side of a picture

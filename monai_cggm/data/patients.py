@@ -156,8 +156,8 @@ def patients_note(patients: Mapping[str, str]) -> list[str]:
     cases: dict[str, list[str]] = {}
     for case_id, patient in patients.items():
         cases.setdefault(patient, []).append(case_id)
-    several = [f"{patient} ({some(ids)})" for patient, ids in cases.items() if len(ids) > 1]
-    return [f"One patient by name: {some(several)}."] if several else []
+    several = [f"{patient} ({some(ids, 3)})" for patient, ids in cases.items() if len(ids) > 1]
+    return [f"One patient by name: {some(several, 3)}."] if several else []
 
 
 def is_visit(folder: str) -> bool:

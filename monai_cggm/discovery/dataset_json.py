@@ -12,9 +12,9 @@ from typing import Any
 
 from monai_cggm.data.layouts import LABEL
 from monai_cggm.discovery.found import Draft, FoundCase, Listing, Source, kind_of, list_volumes, stem_of
-from monai_cggm.discovery.names import modality_of, some
+from monai_cggm.discovery.names import modality_of
 from monai_cggm.discovery.sources import read_grid
-from monai_cggm.errors import DataError
+from monai_cggm.errors import DataError, some
 
 DATASET, SPLITS = "dataset.json", "splits_final.json"
 #: nnU-Net's names for the label 0, and for that whose voxels train nothing.

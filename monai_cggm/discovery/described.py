@@ -26,12 +26,11 @@ from monai_cggm.discovery.names import (
     fits,
     key_of,
     modality_of,
-    some,
     vocabulary_of,
     without_words,
     words_of,
 )
-from monai_cggm.errors import DataError
+from monai_cggm.errors import DataError, some
 
 _BIDS_CASE = re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)(_(?P<session>ses-[A-Za-z0-9]+))?_.+")
 #: Folders of time series and of what belongs to these.

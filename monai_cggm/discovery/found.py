@@ -13,8 +13,8 @@ from typing import Literal
 
 from monai_cggm.data.labels import convention_for
 from monai_cggm.data.layouts import LABEL, folders_below
-from monai_cggm.discovery.names import fits, some
-from monai_cggm.errors import CaseError
+from monai_cggm.discovery.names import fits
+from monai_cggm.errors import CaseError, some
 
 Kind = Literal["nifti", "image", "dicom"]
 

@@ -31,9 +31,9 @@ from monai_cggm.data.patients import patients_in, patients_note
 from monai_cggm.discovery.dataset_json import DATASET, channel_count, described_dataset, read_dataset_json
 from monai_cggm.discovery.described import is_bids, read_bids, read_datalist
 from monai_cggm.discovery.found import Draft, Found, FoundCase, Listing, Source, list_volumes
-from monai_cggm.discovery.names import modality_of, some, vocabulary_of
+from monai_cggm.discovery.names import modality_of, vocabulary_of
 from monai_cggm.discovery.recognise import recognise
-from monai_cggm.errors import CaseError, DataError
+from monai_cggm.errors import CaseError, DataError, some
 
 
 def discover(

@@ -169,17 +169,6 @@ def fits(path: Path, root: Path, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name.lower(), pattern.lower())
 
 
-def some(names: Iterable[object], most: int = 5) -> str:
-    """A list in words, cut after a few.
-
-    Example:
-        >>> some(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    texts = [text if (text := str(name)).isprintable() else repr(text) for name in names]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
-
-
 def written_words(name: str) -> list[re.Match[str]]:
     """The words of a name as they are written."""
     return list(re.finditer(r"[^\W_]+", name))

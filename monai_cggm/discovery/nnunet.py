@@ -22,9 +22,8 @@ from monai_cggm.data.splits import PART_OF, PARTS, split_cases
 from monai_cggm.discovery.convert import Target, links_out, refuse_folder, write_volumes
 from monai_cggm.discovery.dataset_json import BACKGROUND, DATASET, IGNORE, SPLITS
 from monai_cggm.discovery.found import Found, FoundCase
-from monai_cggm.discovery.names import some
 from monai_cggm.discovery.survey import Survey, survey_cases
-from monai_cggm.errors import DataError
+from monai_cggm.errors import DataError, some
 from monai_cggm.files import atomic_path
 
 ENDING = ".nii.gz"

@@ -20,13 +20,12 @@ from monai_cggm.discovery.names import (
     key_of_description,
     matches_in,
     slug_of,
-    some,
     without_words,
     words_of,
     written_words,
 )
 from monai_cggm.discovery.sources import SeveralSeriesError, has_few_integers, series_description
-from monai_cggm.errors import DataError
+from monai_cggm.errors import DataError, some
 
 #: Folders that say nothing about the case.
 _CONTAINERS = {"image", "images", "img", "imgs", "data", "scan", "scans", "volume", "volumes"}

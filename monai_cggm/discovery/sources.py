@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813, as its own documentation does
 
 from monai_cggm.data.checks import format_shape, read_voxels
 from monai_cggm.discovery.found import Kind, Source
-from monai_cggm.discovery.names import some
+from monai_cggm.errors import some
 
 T = TypeVar("T")
 
