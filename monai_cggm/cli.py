@@ -25,6 +25,7 @@ from monai_cggm.resources import share_path
 if TYPE_CHECKING:
     from monai_cggm.data.checks import CaseReport
     from monai_cggm.data.layouts import Case
+    from monai_cggm.discovery import Found, Survey
     from monai_cggm.new_bundle import NewBundle
 
 MODALITIES = "flair,t1ce,t1,t2"
@@ -267,6 +268,7 @@ def align(
     modality: ModalityFiles = None,
     label: LabelFiles = None,
     modalities: FoundModalities = None,
+    patient: PatientPattern = None,
     no_labels: Annotated[
         bool, typer.Option("--no-labels", help="Look for no segmentation that no name tells (new cases to predict).")
     ] = False,
@@ -318,6 +320,7 @@ def align(
     found = discover(
         source,
         **_chosen_files(modality, label, modalities),
+        patient_pattern=patient,
         need_label=not no_labels,
         keep_bad=True,
     )
@@ -509,15 +512,31 @@ def datalist(
     typer.echo(f"{out / DATALIST}: {len(items)} cases with {', '.join(found.modalities)}")
     listed = shlex.quote(str((out / DATALIST).absolute()))
     if not no_labels:
-        told = all(case.told_convention() for case in found.cases)
-        values = sorted({0, *survey.label_values} | found.named_values)
-        labels = "" if told else " --labels " + ",".join(f"{value}={number}" for number, value in enumerate(values))
-        typer.echo("To check its voxels and to draw a split:")
-        for rest in (f"check {listed}", f"split {listed} split.json"):
-            typer.echo(f"  monai-cggm {rest} --modalities {','.join(found.modalities)}{labels}")
+        typer.echo("To check its voxels, and to draw a split:")
+        for line in _next_commands(found, survey, listed, allow_missing=allow_missing):
+            typer.echo(f"  {line}")
     if no_labels:
         typer.echo("To segment them, in a bundle that was trained on these modalities:")
         typer.echo(f"  python -m monai.bundle run --config_file configs/inference.yaml --dataset_dir {listed}")
+
+
+def _next_commands(found: Found, survey: Survey, listed: str, *, allow_missing: bool) -> list[str]:
+    """What to do with a list of labelled cases, as far as the commands can read it."""
+    incomplete = allow_missing and any(survey.missing.values())
+    unlabelled = sum(case.label is None for case in found.cases)
+    values = sorted({0, *survey.label_values} | found.named_values)
+    spelt = ",".join(f"{value}={number}" for number, value in enumerate(values))
+    # What a case's ID or its entry says is not overruled.
+    labels = "" if any(case.told_convention() for case in found.cases) else f" --labels {spelt}"
+    options = f"--modalities {','.join(found.modalities)}{labels}"
+    if unlabelled:
+        return [f"{unlabelled} cases have no label, and monai-cggm check and split want one of every case."]
+    check = f"monai-cggm check {listed} {options}{' --allow-missing' * incomplete}"
+    if incomplete:
+        return [check, "Some cases lack modalities: a training draws its split itself."]
+    if any(case.section != "training" for case in found.cases):
+        return [check, "The data set has parts of its own: new-bundle keeps them."]
+    return [check, f"monai-cggm split {listed} split.json {options}"]
 
 
 @app.command("to-nnunet")
@@ -533,6 +552,7 @@ def to_nnunet(
     modality: ModalityFiles = None,
     label: LabelFiles = None,
     modalities: FoundModalities = None,
+    patient: PatientPattern = None,
     region: Annotated[
         list[str] | None,
         typer.Option(
@@ -560,6 +580,7 @@ def to_nnunet(
     found = discover(
         data,
         **_chosen_files(modality, label, modalities),
+        patient_pattern=patient,
         need_label=split is None,  # a split lists the labelled cases
         allow_missing=True,  # refused by write_nnunet, all of them at once and with the reason
     )

@@ -90,6 +90,51 @@ def test_what_it_says_of_checking_and_splitting_works(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"split{number}.json").read_text())["train"]
 
 
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        ("test part", ["check", "The data set has parts of its own: new-bundle keeps them."]),
+        ("unlabelled", ["1 cases have no label, and monai-cggm check and split want one of every case."]),
+        ("missing", ["check --allow-missing", "Some cases lack modalities: a training draws its split itself."]),
+        ("convention", ["check", "split"]),
+    ],
+)
+def test_what_it_says_where_checking_or_splitting_is_not_for_all(
+    tmp_path: Path, spoil: str, expected: list[str]
+) -> None:
+    cases = []
+    for number in range(3):
+        keys = ("flair", "t1") if (number, spoil) != (2, "missing") else ("flair",)
+        for key in keys:
+            image(tmp_path / f"{number}_{key}.nii.gz", number, spacing=1.0)
+        voxels = np.resize(np.array((0, 1, 2), np.uint8), (10, 12, 14))
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / f"{number}_seg.nii.gz"))
+        files = {key: f"{number}_{key}.nii.gz" for key in keys} | {"label": f"{number}_seg.nii.gz"}
+        cases.append({"case": f"c{number}", **files})
+    if spoil == "convention":  # the entries' own, which is not overruled
+        cases = [{**case, "labels": "0=0,1=2,2=1"} for case in cases]
+    held = [cases.pop()] if spoil in ("test part", "unlabelled") else []
+    if spoil == "unlabelled":
+        del held[0]["label"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases, "test": held}))
+    options = ("--allow-missing",) if spoil == "missing" else ()
+    result = run(tmp_path / "out", "--data", tmp_path / "list.json", *options)
+    assert result.exit_code == 0, result.output
+    told = result.stdout.split("To check its voxels, and to draw a split:\n")[1].splitlines()
+    assert len(told) == len(expected)
+    for line, text in zip(told, expected, strict=True):
+        command, *rest = text.split()
+        if command not in ("check", "split"):
+            assert line.strip() == text
+            continue
+        assert line.startswith(f"  monai-cggm {command} ")
+        assert ("--labels" in line) == (spoil != "convention")
+        assert all(option in line for option in rest)
+        arguments = line.replace(" split.json", f" {tmp_path / 'split.json'}").split()[1:]
+        ran = CliRunner().invoke(app, arguments)
+        assert ran.exit_code == 0, ran.output
+
+
 def test_one_modality_where_others_may_be_missing(tmp_path: Path) -> None:
     image(tmp_path / "set/a/flair.nii.gz")
     arguments = (tmp_path / "out", "--data", tmp_path / "set", "--no-labels")

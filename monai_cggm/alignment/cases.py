@@ -126,7 +126,8 @@ def align(
     good = [case for case in cases if case.case_id not in bad]
     records = {case.case_id: record_of(folder / case.case_id) or {} for case in good}
     paths = {case.case_id: _outputs(case, records[case.case_id], folder) for case in good}
-    list_cases(replace(found, cases=tuple(good)), paths, folder)
+    if good:  # an earlier run's list is better than an empty one
+        list_cases(replace(found, cases=tuple(good)), paths, folder)
     unlisted = _unlisted(good, folder)
     write_report(records, refused, unlisted, settings, folder)
     wanted = [*settings.modalities, *([LABEL] if any(case.label for case in cases) else [])]

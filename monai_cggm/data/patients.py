@@ -20,7 +20,7 @@ _RELEASES = tuple(
     for pattern in (
         r"(?P<patient>brats(20)?1[5-9]_.+)_\d+",  # Brats18_CBICA_APZ_1
         r"(?P<patient>brats_tcia_pat\d+)_\d+",  # BraTS 2016
-        r"(?P<patient>brats-[a-z]+-\d+)-\d+",  # BraTS-GLI-00000-000
+        r"(?P<patient>brats-[a-z]+(-rt)?-\d+)-\d+",  # BraTS-GLI-00000-000
         r"(?P<patient>(upenn-gbm|rhuh)-\d+)_\d+",  # UPENN-GBM-00001_11, RHUH-0001_0
         r"(?P<patient>ucsf-pdgm-\d+)_fu\w+",  # UCSF-PDGM-0012_FU001d
         r"(?P<patient>oas\d+(_\d+)?)_mr_?d?\d+",  # OAS1_0001_MR1, OAS30001_MR_d0129
@@ -29,26 +29,27 @@ _RELEASES = tuple(
     )
 )
 
-_COUNTED = r"(ses(s|sion)?|visit|tp|time(point)?|day|week|month|year|scan|exam|study)"
-_SHORT = r"[vm]\d{1,3}"
+_VISITS = r"(ses|visit|tp|time(point)?|day|week|month|year)"
 _STATES = r"(baseline|bl|fu|follow[-_ ]?up|(pre|post|intra)([-_ ]?op)?)"
 _TIME = r"([T_ -]?\d\d[-_:.]?\d\d([-_:.]?\d\d(\.\d+)?)?)?"
 _DATE = rf"((19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d|[0-3]\d[-.][0-3]\d[-.](19|20)\d\d){_TIME}"
 _BIDS = r"ses-\w+"
+#: What may also be patients, numbered: studies, volunteers, or any number after a state of treatment.
+_SCANS = r"(sess|session|scan|exam|study)"
 
 #: Whole names of folders. What follows a date is mostly what was scanned.
 _FOLDER = re.compile(
-    rf"({_COUNTED}[-_ ]?\d{{0,8}}([-_.]\d+)?|{_STATES}[-_ ]?\d{{0,8}}|{_BIDS}|{_DATE}([-_ ].*)?|(?P<short>{_SHORT}))",
+    rf"({_VISITS}[-_ ]?\d{{0,8}}([-_.]\d+)?|{_STATES}|{_BIDS}|{_DATE}([-_ ].*)?|"
+    rf"(?P<weak>{_SCANS}[-_ ]?\d{{0,8}}([-_.]\d+)?|{_STATES}[-_ ]?\d{{1,8}}|v\d{{1,3}}))",
     re.IGNORECASE | re.DOTALL,
 )
-#: Ends of IDs. Numbers after a state of treatment, or a second one, may also be running numbers of patients.
 _END = re.compile(
-    rf"(?P<patient>.+?)[-_ .]+({_COUNTED}[-_ ]?\d{{0,4}}(?P<second>[-_.]\d{{1,2}})?|"
-    rf"{_STATES}[-_ ]?(?P<running>\d{{0,2}})|{_BIDS}|{_DATE}([-_]\d{{1,2}})?|{_SHORT})",
+    rf"(?P<patient>.+?)[-_ .]+({_VISITS}[-_ ]?\d{{0,4}}|{_SCANS}|{_STATES}|{_BIDS}|{_DATE}([-_]\d{{1,2}})?|"
+    rf"(?P<weak>({_VISITS}|{_SCANS})[-_ ]?\d{{1,4}}([-_.]\d{{1,2}})?|{_STATES}[-_ ]?\d{{1,2}}|[vm]\d{{1,3}}))",
     re.IGNORECASE,
 )
 _FRONT = re.compile(
-    rf"({_COUNTED}[-_ ]?\d{{1,4}}|{_STATES}\d{{0,2}}|{_BIDS}|{_DATE})[-_ .]+(?P<patient>.+)", re.IGNORECASE
+    rf"(({_VISITS}|{_SCANS})[-_ ]?\d{{1,4}}|{_STATES}\d{{0,2}}|{_BIDS}|{_DATE})[-_ .]+(?P<patient>.+)", re.IGNORECASE
 )
 
 #: More cases than this under one name that may be a site's, or a disease's, are not one patient's.
@@ -75,7 +76,8 @@ def patients_in(case_ids: Sequence[str]) -> list[str]:
     Visits and dates are taken from an ID's end, again and again, and from its front where a letter and a digit are
     left. What is left is a patient's name where it has a digit. Where it has none (``alpha_fu1``, but also
     ``scan_post``), it is one where more than two such names are left and none has more than :data:`MOST_VISITS` cases.
-    Names under which more cases than that have what may be running numbers (``site1_post_07``) are no patients'. If all
+    Names under which more cases than that have what may be running numbers (``site1_post_07``, ``site1_scan07``; not
+    dates, weeks and numbered visits) are no patients'. If all
     cases, more than two, would be one patient's, nothing is taken away. Letter case tells no patients apart.
 
     Args:
@@ -92,15 +94,11 @@ def patients_in(case_ids: Sequence[str]) -> list[str]:
         >>> patients_in(["site1_post_01", "site1_post_02", "site1_post_03"])
         ['site1_post_01', 'site1_post_02', 'site1_post_03']
     """
-    fronts = [_without_visits(case_id) for case_id in case_ids]
-    words = Counter(
-        front for (front, _), own in zip(fronts, case_ids, strict=True) if front != own and not _number(front)
-    )
-    running = Counter(front for front, may_be_running in fronts if may_be_running)
-    refused = {front for front, count in running.items() if count > MOST_VISITS}
-    refused |= set(words) if len(words) < 3 or max(words.values()) > MOST_VISITS else set()
+    fronts, weak = zip(*map(_without_visits, case_ids), strict=True) if case_ids else ((), ())
+    refused = _refused(fronts, [front != own for front, own in zip(fronts, case_ids, strict=True)], weak)
     patients = [
-        patient_of(case_id if front in refused else front) for case_id, (front, _) in zip(case_ids, fronts, strict=True)
+        patient_of(case_id if front.casefold() in refused else front)
+        for case_id, front in zip(case_ids, fronts, strict=True)
     ]
     if len(case_ids) > 2 > len({patient.casefold() for patient in patients}):
         patients = [patient_of(case_id) for case_id in case_ids]
@@ -112,9 +110,10 @@ def patients_at(places: Sequence[Sequence[str]]) -> list[str]:
     """The patient of each case, by its folders and its own name.
 
     Folders of visits or dates say nothing, wherever they stand: ``p01/ses1``, ``baseline/p01`` and ``p01/2020-01-31``
-    are ``p01``'s. Without such words, cases in a folder are one patient's where their names recur in as many folders as
-    there are names (``p01/native``, ``p01/registered``; not ``north/p01``), or begin with the folder's
-    (``p01/p01_a``), a dozen in the middle folder at most. Names themselves are read as in :func:`patients_in`.
+    are ``p01``'s, within the limits of :func:`patients_in`. Without such words, cases in a folder are one patient's
+    where their names recur in as many folders as there are names (``p01/native``, ``p01/registered``; not
+    ``north/p01``), or begin with the folder's (``p01/p01_a``), a dozen in the middle folder at most. Names themselves
+    are read as in :func:`patients_in`.
 
     Args:
         places: the folders below the data set's, and last the case's name, which may be its folder's.
@@ -130,6 +129,16 @@ def patients_at(places: Sequence[Sequence[str]]) -> list[str]:
     """
     with_visits = {tuple(place[:-1]) for place in places if len(place) > 1 and is_visit(place[-1])}
     left = [_without_visit_folders(place, tuple(place[:-1]) in with_visits) for place in places]
+    fronts = ["/".join(kept) for kept in left]
+    changed = [len(kept) < len(place) for kept, place in zip(left, places, strict=True)]
+    weak = [own and any(map(_is_weak, place)) for own, place in zip(changed, places, strict=True)]
+    refused = _refused(fronts, changed, weak)
+    if len(places) > 2 > len(set(map(str.casefold, fronts))):
+        refused.update(map(str.casefold, fronts))  # the folder of all of them
+    left = [
+        tuple(place) if front.casefold() in refused else kept
+        for place, front, kept in zip(places, fronts, left, strict=True)
+    ]
     others = [place for place, kept in zip(places, left, strict=True) if len(kept) == len(place)]
     leaves, parents = Counter(place[-1] for place in others), Counter(tuple(place[:-1]) for place in others)
     recurring = len(leaves) < len(others) and len(parents) >= len(leaves)
@@ -140,7 +149,8 @@ def patients_at(places: Sequence[Sequence[str]]) -> list[str]:
             versions = recurring and (_number(folder) or not _number(own))
             if own == folder or versions or (few and own.startswith(folder)):
                 left[index] = kept[:-1]
-    return patients_in(_short_names(left))
+    ends = patients_in([kept[-1] for kept in left])
+    return _short_names([(*kept[:-1], name) for kept, name in zip(left, ends, strict=True)])
 
 
 def patients_note(patients: Mapping[str, str]) -> list[str]:
@@ -170,24 +180,35 @@ def is_visit(folder: str) -> bool:
     return _FOLDER.fullmatch(folder) is not None
 
 
+def _refused(fronts: Sequence[str], changed: Sequence[bool], weak: Sequence[bool]) -> set[str]:
+    """Names, without what was taken away, that are no patients': words that may be anything, and too many cases."""
+    names = [front.casefold() for front in fronts]
+    words = Counter(name for name, other in zip(names, changed, strict=True) if other and not _number(name))
+    running = Counter(name for name, may_be in zip(names, weak, strict=True) if may_be)
+    refused = {name for name, count in running.items() if count > MOST_VISITS}
+    return refused | (set(words) if len(words) < 3 or max(words.values()) > MOST_VISITS else set())
+
+
 def _without_visits(case_id: str) -> tuple[str, bool]:
     """``p01`` of ``p01_visit1_week2``, and whether what was taken away may be a patient's running number."""
-    left, running = case_id, False
+    left, weak = case_id, False
     while match := _END.fullmatch(left):
-        left, running = match["patient"], running or bool(match["running"] or match["second"])
+        left, weak = match["patient"], weak or bool(match["weak"])
     match = _FRONT.fullmatch(left)
     if match and _number(match["patient"]) and re.search("[a-z]", match["patient"], re.IGNORECASE):
         left = match["patient"]
-    return left, running
+    return left, weak
 
 
 def _without_visit_folders(place: Sequence[str], in_visits: bool) -> tuple[str, ...]:
     """The parts that are no visits; ``in_visits``: beside visits, whatever the last one is called."""
     above = place[:-1] if in_visits else place
-    kept = tuple(part for part in above if not is_visit(part))
-    # v01 and m01 may be people, where nothing else is.
-    certain = any(match and not match["short"] for match in map(_FOLDER.fullmatch, place))
-    return kept if kept and (certain or any(map(_number, kept))) else tuple(place)
+    return tuple(part for part in above if not is_visit(part)) or tuple(place)
+
+
+def _is_weak(folder: str) -> bool:
+    match = _FOLDER.fullmatch(folder)
+    return match is not None and match["weak"] is not None
 
 
 def _short_names(places: Sequence[tuple[str, ...]]) -> list[str]:

@@ -277,9 +277,8 @@ def _nnunet(
     strays = sorted(set(labels["labelsTr"]) - {case.case_id for case in cases})
     if strays:
         problems.append(f"{len(strays)} labels have no image in {root / 'imagesTr'}: {some(strays)}")
-    notes = (
-        [f"{SPLITS} has one fold: its {len(validated)} validation cases are the validation part."] if validated else []
-    )
+    count = sum(case.section == "validation" for case in cases)
+    notes = [f"{SPLITS} has one fold: its validation cases ({count}) are the validation part."] if count else []
     return Draft("nnunet", cases, tuple(name for name, _ in channels.values()), notes=notes, problems=problems)
 
 
@@ -299,7 +298,10 @@ def _one_fold(root: Path) -> set[str]:
     folds = read_json(root / SPLITS) if (root / SPLITS).is_file() else None
     if not isinstance(folds, list) or len(folds) != 1 or not isinstance(folds[0], dict):
         return set()
-    return {str(case_id) for case_id in folds[0].get("val", ())}
+    train, validation = folds[0].get("train"), folds[0].get("val")
+    if not isinstance(train, list) or not isinstance(validation, list):
+        return set()
+    return {case_id for case_id in validation if isinstance(case_id, str)} if train else set()
 
 
 def _listed_elsewhere(

@@ -22,6 +22,8 @@ _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _IMAGE = re.compile(r"(\.seg)?\.(nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 _DICOM = re.compile(r"\.(dcm|dicom|ima)$", re.IGNORECASE)
 _PICTURE = re.compile(r"\.(png|jpe?g|bmp|tiff?|gif)$", re.IGNORECASE)
+#: Patterns that are tried on all files, at most: each takes as long as there are files.
+_MOST_TRIED = 40
 _BARE = re.compile(r"[^.]*|.*\.\d*", re.DOTALL)  # IM0001, 1.2.840.113619.2.5
 
 
@@ -116,6 +118,11 @@ class Found:
         """
         return set(self.label_names or {}).union(*self.label_regions.values())
 
+    @property
+    def patients_advice(self) -> str:
+        """What to add to a sentence where the patients are at fault, which only a datalist tells for certain."""
+        return "" if self.layout == "datalist" else " (names tell the patients: say otherwise with --patient)"
+
     def without(self, case_ids: Sequence[str]) -> Found:
         """The same without some cases."""
         return replace(self, cases=tuple(case for case in self.cases if case.case_id not in set(case_ids)))
@@ -208,8 +215,8 @@ class CasesFiles:
 
     Example:
         >>> files = CasesFiles([{"t1": [Source(Path("d/a_t1.nii"))]}, {"t1": [Source(Path("d/b_t1.nii"))]}], Path("d"))
-        >>> files.best("t1", ["a_*", "*_t1.nii"])
-        '*_t1.nii'
+        >>> files.best("t1", ["a_*", "*_t1.nii"]), files.best("t1", ["a_*"])
+        (('*_t1.nii', 0), ('a_*', 1))
     """
 
     def __init__(
@@ -217,25 +224,30 @@ class CasesFiles:
     ) -> None:
         self._root = root
         self._keys = [set(files) for files in cases]
+        self._having = Counter(key for keys in self._keys for key in keys)
         self._paths = [(n, source.path) for n, files in enumerate(cases) for of in files.values() for source in of]
         used = {path for _, path in self._paths}
         self._others = [source.path for source in volumes if source.path not in used]
         self._known: dict[tuple[str, str], tuple[int, int]] = {}
 
-    def best(self, key: str, patterns: Iterable[str]) -> str | None:
-        """The pattern that gives most cases one file: the first of several, None of none."""
+    def best(self, key: str, patterns: Iterable[str]) -> tuple[str | None, int]:
+        """The pattern that gives most cases one file, the first of several, and how many have none or two by it."""
         best, best_worth = None, (-1, 0)
         for pattern in patterns:
+            if best is not None and len(self._known) >= _MOST_TRIED and (key, pattern) not in self._known:
+                continue  # names that differ in each case: the advice for the first cases is read, no other
             worth = self._worth(key, pattern)
             if worth > best_worth:
                 best, best_worth = pattern, worth
-            if worth == (sum(key in keys for keys in self._keys), 0):
+            if worth == (self._having[key], 0):
                 break
-        return best
+        return best, self._having[key] - max(best_worth[0], 0)
 
     def _worth(self, key: str, pattern: str) -> tuple[int, int]:
         """In how many cases with the key a pattern fits one file alone; and less, the more files of no case it fits."""
         if (key, pattern) not in self._known:
+            if len(self._known) >= _MOST_TRIED:
+                return 0, 0
             fitting = Counter(number for number, path in self._paths if fits(path, self._root, pattern))
             good = sum(key in self._keys[number] for number, count in fitting.items() if count == 1)
             self._known[key, pattern] = good, -sum(fits(path, self._root, pattern) for path in self._others)
@@ -264,16 +276,18 @@ def rival_problems(
     doubled = [key for key, rivals in files.items() if len(rivals) > 1 and key != LABEL]
     # Several patterns alone would leave out what they do not name.
     others = f" --modalities {','.join(sorted(files.keys() - {LABEL}))}" if len(doubled) > 1 else ""
-    found, chosen = [], []
+    found, chosen, losses = [], [], []
     for key, rivals in files.items():
         if len(rivals) > 1:
             telling = (p for p in _patterns_for(rivals, root, case_id, names) if _chooses_one(p, rivals, root))
-            pattern = everywhere.best(key, telling) or "PATTERN"
+            best, lost = everywhere.best(key, telling)
+            pattern = best or "PATTERN"
+            losses += [f"{lost} cases have no such {key}, or two: rename theirs"] if best and lost else []
             chosen.append(f'--label "{pattern}"' if key == LABEL else f'--modality "{key}={pattern}"')
             listed = some(rival.path.relative_to(root).as_posix() for rival in rivals)
             found.append((f"{len(rivals)} files may be {key}, expected one", listed))
     # together: with one of the patterns alone the others would be asked for next
-    advice = f"choose with {' '.join(chosen)}{others}, for example"
+    advice = "; ".join([f"choose with {' '.join(chosen)}{others}, for example", *losses])
     return tuple((what, f"{listed}; {advice}") for what, listed in found)
 
 

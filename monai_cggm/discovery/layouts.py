@@ -288,12 +288,13 @@ def _with_patients(draft: Draft, pattern: str | None) -> tuple[list[FoundCase], 
         told = [None if pattern is None else re.search(pattern, case_id) for case_id in case_ids]
     except re.error as error:
         raise DataError([f"patient pattern {pattern!r} is no regular expression: {error}"]) from error
-    if pattern is not None and not all(told):
-        strangers = [case_id for case_id, match in zip(case_ids, told, strict=True) if not match]
+    found = [match and next((group for group in (*match.groups(), match[0]) if group), "") for match in told]
+    if pattern is not None and not all(found):
+        strangers = [case_id for case_id, patient in zip(case_ids, found, strict=True) if not patient]
         raise DataError([f"{some(strangers)} fit no patient pattern {pattern!r}: expected all {len(case_ids)} IDs to"])
     patients = [
-        match[1 if match.re.groups else 0] if match else case.patient or own
-        for match, case, own in zip(told, draft.cases, patients_in(case_ids), strict=True)
+        patient or case.patient or own
+        for patient, case, own in zip(found, draft.cases, patients_in(case_ids), strict=True)
     ]
     cases = [replace(case, patient=patient) for case, patient in zip(draft.cases, patients, strict=True)]
     named = {new.case_id: new.patient for old, new in zip(draft.cases, cases, strict=True) if not old.patient}
@@ -354,7 +355,7 @@ def _without_label(cases: Sequence[FoundCase], draft: Draft, path: Path, pattern
             f"{none}: expected a file with seg, mask, label or lesion in its name{found}; give a pattern, such as "
             '--label "*expert*"; new cases to predict need none (monai-cggm datalist --no-labels)'
         ]
-    near = [volume for volume in draft.unused if any(_is_near(volume, case, draft.layout) for case in without)]
+    near = [volume for volume in draft.unused if any(_is_near(volume, case, draft.layout) for case in without[:5])]
     choose = ', or choose it with a pattern that fits all labels, such as --label "*_seg*"' if draft.by_names else ""
     return [
         f"label is missing in {len(without)} of {len(training)} cases: {_named(without)}, expected one a case: add it, "

@@ -188,7 +188,11 @@ def _parts(found: Found, split: str | Path | None) -> tuple[Parts, tuple[str, ..
         return {part: [case for case in found.cases if PART_OF[case.section] == part] for part in PARTS}, ()
     labelled = {case.case_id: case for case in found.cases if case.label is not None}
     items = [{"case": case.case_id, "patient": case.patient} for case in labelled.values()]
-    chosen = split_cases(items, split_file=split)
+    try:
+        chosen = split_cases(items, split_file=split)
+    except DataError as error:
+        advice = found.patients_advice
+        raise DataError([text + advice * ("patient" in text) for text in error.problems]) from error
     left_out = tuple(case.case_id for case in found.cases if case.label is None)
     return {part: [labelled[item["case"]] for item in chosen[part]] for part in PARTS}, left_out
 

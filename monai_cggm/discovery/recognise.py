@@ -332,15 +332,18 @@ def _with_versions(groups: Mapping[str, list[_Named]], place: Sequence[str]) -> 
     if len({item.key for item in groups.get("", ())}) > 1:
         return {"": [item for items in groups.values() for item in items]}
     keys = {name: {item.key for item in items} for name, items in groups.items()}
+    spelt: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name in filter(None, groups):
+        spelt[tuple(words_of(name))].append(name)
     bases: dict[str, str] = {}
     for name, items in groups.items():
         in_front = {tuple(words_of(item.name)[: min(item.used, default=0)]) for item in items}
-        for other in groups:
+        for other in spelt[in_front.pop()] if len(in_front) == 1 else ():
             lacks = len(keys[name]) < len(keys[other]) or LABEL in keys[other] - keys[name]
-            versions = in_front == {tuple(words_of(other))} and lacks
-            one_more = len(keys[name]) == 1 and place[-1:] == (other,)
-            if other not in ("", name) and (versions or one_more):
+            if other != name and lacks:
                 bases[name] = other
+        if len(keys[name]) == 1 and place and place[-1] in groups and place[-1] not in ("", name):
+            bases[name] = place[-1]
     joined: dict[str, list[_Named]] = defaultdict(list)
     for name, items in groups.items():
         joined[bases.get(name, name)] += items
@@ -368,10 +371,11 @@ def _ids(places: Sequence[tuple[str, ...]], layout: str) -> dict[tuple[str, ...]
     if layout == "folders":
         while len(names) > 1 and min(map(len, names)) > 1 and len({name[-1] for name in names}) == 1:
             names = [name[:-1] for name in names]  # p01/anat, p02/anat
-    leaves = [name[-1] for name in names]
-    enough = len(set(leaves)) == len(leaves) and not any(len(name) > 1 and is_visit(name[-1]) for name in names)
+    leaves, patients = [name[-1] for name in names], patients_at(names)
+    visits = [is_visit(leaf) and leaf != patient for leaf, patient in zip(leaves, patients, strict=True)]
+    enough = len(set(leaves)) == len(leaves) and not any(visits)
     ids = [name[-1] if enough else "_".join(name) for name in names]
-    return dict(zip(places, zip(ids, patients_at(names), strict=True), strict=True))
+    return dict(zip(places, zip(ids, patients, strict=True), strict=True))
 
 
 def _by_key(items: Sequence[_Named]) -> dict[str, list[Source]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from monai_cggm.data.labels import LARGEST_VALUE, label_convention
 from monai_cggm.discovery import CaseSurvey, Found, Survey
-from monai_cggm.discovery.dataset_json import IGNORE
+from monai_cggm.discovery.dataset_json import BACKGROUND, IGNORE
 from monai_cggm.discovery.names import slug_of
 from monai_cggm.discovery.sources import read_volumes
 from monai_cggm.errors import DataError
@@ -48,7 +48,7 @@ _MEMORY_BYTES = 4e9
 _READ_CASES = 5
 
 _REGION = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_REGION_NAME = "region {!r}: expected a name of letters, digits and _, other than mean"
+_REGION_NAME = f"region {{!r}}: expected a name of letters, digits and _, other than mean, {BACKGROUND}, {IGNORE}"
 
 
 @dataclass(frozen=True)
@@ -272,15 +272,15 @@ def _warnings(
         lacking = [f"value {value} ({classes[value]})" for value in classes if value not in {*seen, *nowhere}]
         lacking += [key for key in found.modalities if key not in present]
         if lacking:
-            yield f"No case that trains{fold} has {', '.join(lacking)}: another --seed draws another split."
+            yield f"No case that trains{fold} has {', '.join(lacking)}."
     scored = {number for members in regions.values() for number in members}
     left = [str(value) for number, value in enumerate(classes) if number > 0 and number not in scored]
     if left:
-        yield f"Values {', '.join(left)} are in no region: they are trained on, not scored."
+        yield f"No region has value {', '.join(left)}: trained on, not scored."
 
 
 def _is_region(name: str) -> bool:
-    return _REGION.fullmatch(name) is not None and name != "mean"
+    return _REGION.fullmatch(name) is not None and name.lower() not in ("mean", BACKGROUND, IGNORE)
 
 
 def _check(wishes: Wishes) -> None:

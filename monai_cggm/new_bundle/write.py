@@ -253,7 +253,9 @@ def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:
         raise DataError(
             [
                 f"{found.source}: {patients} patients with a label, expected {fewest} at least: training, validation "
-                "and test have different ones" + (f", and {wishes.folds} folds too" if wishes.folds else "")
+                "and test have different ones"
+                + (f", and {wishes.folds} folds too" if wishes.folds else "")
+                + found.patients_advice
             ]
         )
     if wishes.folds:
@@ -263,7 +265,10 @@ def _splits(found: Found, wishes: Wishes) -> tuple[list[Split], int]:
         told[PART_OF[case.section]].append(item)
     if not told["train"] or not (told["validation"] or told["test"]):
         return [split_cases(items, seed=wishes.seed)], wishes.seed
-    check_patients(told)
+    try:
+        check_patients(told)
+    except DataError as error:
+        raise DataError([text + found.patients_advice for text in error.problems]) from error
     lacking = [part for part in ("validation", "test") if not told[part]]
     if not lacking:
         return [told], wishes.seed

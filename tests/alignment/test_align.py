@@ -685,6 +685,11 @@ def test_folders_of_cases_that_went_away_are_told(root: Path) -> None:
     (root.parent / "elsewhere").rename(root / "Phantom_008")
     done = run(root)
     assert (done.kept, done.unlisted) == ((CASE, "Phantom_008"), ("Phantom_009",))
+    listed = (out / "datalist.json").read_bytes()
+    for case in (CASE, "Phantom_008"):
+        case_path(root, "flair", case).write_bytes(b"no NIfTI")
+    assert len(run(root).refused) == 3
+    assert (out / "datalist.json").read_bytes() == listed  # better than an empty one
 
 
 def test_files_of_others_are_carried_over(root: Path) -> None:

@@ -118,7 +118,7 @@ def test_the_note_names_patients_with_several_cases() -> None:
         # dates as scanners and archives write them
         ("002_S_0295/2006-04-18_08_20_30.0 002_S_0295/2007-05-02_10_01_00.0 002_S_0413/2006-05-02_12_31_52.0",
          "002_S_0295 002_S_0295 002_S_0413"),
-        ("ProstateX-0/07-01-2011-NA-MR ProstateX-0/08-09-2012-NA-MR x/07-07-2011-NA-MR", "ProstateX-0 ProstateX-0 x"),
+        ("ProstateX-0/07-01-2011-NA-MR ProstateX-0/08-09-2012-NA-MR p1/07-07-2011-NA-MR", "ProstateX-0 ProstateX-0 p1"),
         ("p0/20200101_120100 p0/01-02-2020 p0/31.01.2020 p1/20200131T1200", "p0 p0 p0 p1"),
         # LUMIERE
         ("P-001/week-000-1 P-001/week-000-2 P-001/week-012 P-002/week-000", "P-001 P-001 P-001 P-002"),
@@ -136,6 +136,10 @@ def test_the_note_names_patients_with_several_cases() -> None:
         ("HGG/Brats18_X_1 HGG/Brats18_X_2 LGG/Brats18_Y_1", "Brats18_X Brats18_X Brats18_Y"),
         ("site/v01 site/v02 site/v03", "v01 v02 v03"),  # volunteers
         ("v01 v02 v03", "v01 v02 v03"),
+        # a folder of all of them
+        ("brain/study_00 brain/study_01 brain/study_02", "study_00 study_01 study_02"),
+        ("w/b1/2020-01-03 w/b1/2020-01-04 w/b1/2020-01-05", "2020-01-03 2020-01-04 2020-01-05"),
+        ("BraTS-MEN-RT-0000-1 BraTS-MEN-RT-0000-2", "BraTS-MEN-RT-0000 BraTS-MEN-RT-0000"),
     ],
 )  # fmt: skip
 def test_patients_at(places: str, patients: str) -> None:
@@ -149,6 +153,18 @@ def test_one_patient_with_many_scans_does_not_part_the_others(scans: int) -> Non
     assert patients_at(places) == ["p0"] * scans + [f"p{number}" for number in range(1, 5) for _ in range(3)]
     sites = [(f"s{site}", f"s{site}_{number:03d}") for site in range(4) for number in range(20)]
     assert patients_at(sites) == [name for _, name in sites]
+
+
+@pytest.mark.parametrize("count", [12, 20])
+def test_folders_of_many_numbered_scans_are_no_patients(count: int) -> None:
+    for folders, case in ((("HGG", "LGG", "MGG"), "exam_{:03d}"), (("s1", "s2", "s3"), "v{:02d}")):
+        places = [(folder, case.format(number)) for folder in folders for number in range(count)]
+        expected = [place[0] if count == 12 else "_".join(place) for place in places]
+        assert patients_at(places) == expected
+    mice = [(f"group{group}", f"m{number:02d}") for group in range(3) for number in range(10)]
+    assert patients_at(mice) == ["_".join(place) for place in mice]
+    scans = [f"site{site}_scan{number:02d}" for site in range(3) for number in range(count)]
+    assert patients_in(scans) == [name[:5] if count == 12 else name for name in scans]
 
 
 @pytest.mark.parametrize("count", [12, 30])

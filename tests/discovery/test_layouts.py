@@ -17,6 +17,7 @@ import pytest
 
 from monai_cggm.data.layouts import find_cases, is_safe_id
 from monai_cggm.discovery import Found, discover
+from monai_cggm.discovery import found as found_module
 from monai_cggm.discovery.names import key_of, modality_of, slug_of, vocabulary_of
 from monai_cggm.errors import DataError
 
@@ -822,6 +823,32 @@ def test_the_pattern_that_was_advised_chooses(
     )
 
 
+def test_advice_that_cannot_suit_all_cases_says_so(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        runs = ("run-1_T2w", "run-2_T2w") if number > 3 else ("T2w",)
+        for name in ("FLAIR", *runs, "dseg"):
+            touch(tmp_path / f"sub-{number}/anat/sub-{number}_{name}.nii.gz")
+    text = problem(tmp_path)
+    assert (
+        'choose with --modality "t2=*_run-1_T2w.nii.gz", for example; 3 cases have no such t2, or two: rename th'
+        in text
+    )
+    assert "t2 is missing in 3 of 5 cases" in problem(tmp_path, patterns={"t2": "*_run-1_T2w.nii.gz"})
+
+
+def test_patterns_are_tried_on_all_files_a_few_times_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that differ in each case would else take time with the square of the cases."""
+    tried: Counter[str] = Counter()
+    fits = found_module.fits
+    monkeypatch.setattr(found_module, "fits", lambda path, root, p: tried.update([p]) or fits(path, root, p))
+    cases = 60
+    for number in range(cases):
+        for name in (f"{7919 * number}_T1_se", f"{7919 * number + 1}_T1_tse", "FLAIR", "seg"):
+            touch(tmp_path / f"p{number}/{name}.nii.gz")
+    assert f"so in {cases - 1} more cases" in problem(tmp_path)
+    assert sum(count > cases for count in tried.values()) <= 40
+
+
 def test_the_advised_pattern_leaves_files_of_no_case_alone(tmp_path: Path) -> None:
     """It would be as good by the file of a template, which is in no case as long as no pattern fits it."""
     for case in ("a1", "b2"):
@@ -945,6 +972,9 @@ def test_a_pattern_finds_patients_that_names_do_not_tell(tmp_path: Path) -> None
     text = problem(tmp_path, patient_pattern=r"\d\d")
     assert text == r"A7x, A7y, B7x fit no patient pattern '\\d\\d': expected all 4 IDs to"
     assert "is no regular expression: " in problem(tmp_path, patient_pattern="(")
+    assert "A7x, A7y, B7x, C12z fit no patient pattern 'x*'" in problem(tmp_path, patient_pattern="x*")
+    either = discover(tmp_path, patient_pattern=r"(A\d+)|([BC]\d+)")
+    assert {case.case_id: case.patient for case in either.cases} == patients
     # Over what a datalist says.
     files = {key: "A7x/T1.nii.gz" for key in ("t1", "flair", "label")}
     cases = [{"case": case, "patient": case, **files} for case in patients]

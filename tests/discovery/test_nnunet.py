@@ -124,9 +124,13 @@ def test_round_trip_with_a_split(tmp_path: Path) -> None:
     sections = {case.case_id: (case.section, case.label is not None) for case in again.cases}
     train, validation, test = (("training", True), ("validation", True), ("test", True))
     assert sections == {"a": train, "c": train, "d": validation, "b": test}
-    assert "splits_final.json has one fold: its 1 validation cases are the validation part." in again.notes
-    (made.folder / "splits_final.json").write_text(json.dumps([{"train": ["a", "d"], "val": ["c"]}] * 2))
-    assert {case.section for case in discover(made.folder).cases} == {"training", "test"}  # which of the folds?
+    assert "splits_final.json has one fold: its validation cases (1) are the validation part." in again.notes
+    odd = [[{"train": ["a"], "val": value}] for value in (None, 5, "d", ["yy"], [5])]
+    for folds in ([{"train": ["a", "d"], "val": ["c"]}] * 2, [{"train": [], "val": ["a", "c", "d"]}], *odd):
+        (made.folder / "splits_final.json").write_text(json.dumps(folds))
+        other = discover(made.folder)
+        assert {case.section for case in other.cases} == {"training", "test"}
+        assert not [note for note in other.notes if "splits_final" in note]
     for case in again.cases:
         for key, source in case.images.items():
             np.testing.assert_array_equal(read_volumes(source)[0][..., 0], voxels[case.case_id][key])

@@ -115,8 +115,8 @@ def test_wishes_that_do_not_fit_are_all_named(tmp_path):
     with pytest.raises(DataError) as error:
         plan(tmp_path, wishes=Wishes(regions={"a b": [1], "mean": [1], "x": [0], "y": [7, 8], "z": [], "ok": [4]}))
     assert error.value.problems == [
-        "region 'a b': expected a name of letters, digits and _, other than mean",
-        "region 'mean': expected a name of letters, digits and _, other than mean",
+        "region 'a b': expected a name of letters, digits and _, other than mean, background, ignore",
+        "region 'mean': expected a name of letters, digits and _, other than mean, background, ignore",
         "region x: found 0, expected values of the labels: 1, 4",
         "region y: found 7, 8, expected values of the labels: 1, 4",
         "region z: found no value, expected values of the labels: 1, 4",
@@ -187,11 +187,11 @@ def test_what_training_will_not_see_is_said(tmp_path):
         )
     )
     nowhere = "No label has the value 3 (c): this class has nothing to learn from."
-    unseen = "No case that trains has value 2 (b), pet: another --seed draws another split."
+    unseen = "No case that trains has value 2 (b), pet."
     assert plan_bundle(found, survey, [{"p01", "p02"}]).warnings == (nowhere, unseen)
     assert plan_bundle(found, survey, [{"p01", "p03"}]).warnings == (nowhere,)
     folds = plan_bundle(found, survey, [{"p01", "p03"}, {"p01", "p02"}], Wishes(regions={"ab": [1, 2]}))
-    left = "Values 3 are in no region: they are trained on, not scored."
+    left = "No region has value 3: trained on, not scored."
     assert folds.warnings == (nowhere, unseen.replace("trains", "trains of fold 1"), left)
 
 
