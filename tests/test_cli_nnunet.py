@@ -57,6 +57,27 @@ def test_regions_of_the_data_set_or_of_the_user_or_none(tmp_path: Path) -> None:
     assert (code, "--region and --no-regions exclude each other" in text) == (1, True)
 
 
+def test_a_split_by_patients_that_names_do_not_tell(tmp_path: Path) -> None:
+    """The split of a bundle that was made with --patient goes with the same option."""
+    source = folders(tmp_path / "data")
+    for number, patient in enumerate(PATIENTS):
+        case = f"s{number % 2}_scan{number}"
+        (source / patient).rename(source / case)
+        for file in (source / case).iterdir():
+            file.rename(source / case / file.name.replace(patient, case))
+    ids = sorted(path.name for path in source.iterdir())
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"seed": 0, "train": ids[:2], "validation": ids[2:3], "test": ids[3:]}))
+    options = (tmp_path / "raw", "--data", source, "--id", 501, "--name", "Zones", "--split", split)
+    code, text = invoke(*options)
+    assert code == 1
+    assert "is in both" in text
+    assert "(names tell the patients: say otherwise with --patient)" in " ".join(text.split())
+    code, text = invoke(*options, "--patient", ".+")
+    assert code == 0, text
+    assert "train 2, validation 1, test 1" in text
+
+
 def test_what_nnunet_cannot_take_is_refused(tmp_path: Path) -> None:
     source = folders(tmp_path / "data")
     (source / "p02" / "p02_T2.nii.gz").unlink()
