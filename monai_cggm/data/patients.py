@@ -77,8 +77,8 @@ def patients_in(case_ids: Sequence[str]) -> list[str]:
     left. What is left is a patient's name where it has a digit. Where it has none (``alpha_fu1``, but also
     ``scan_post``), it is one where more than two such names are left and none has more than :data:`MOST_VISITS` cases.
     Names under which more cases than that have what may be running numbers (``site1_post_07``, ``site1_scan07``; not
-    dates, weeks and numbered visits) are no patients'. If all
-    cases, more than two, would be one patient's, nothing is taken away. Letter case tells no patients apart.
+    dates, weeks and numbered visits) are no patients'. If all cases, more than two, would be one patient's, nothing is
+    taken away. Letter case tells no patients apart.
 
     Args:
         case_ids: of all cases.
