@@ -117,9 +117,8 @@ def series_description(folder: Path) -> str:
         raise
     except (ValueError, RuntimeError):
         return ""
-    return " ".join(
-        tags.GetMetaData(tag) for tag in ("0008|103e", "0018|1030", "0008|0060") if tags.HasMetaDataKey(tag)
-    )
+    told = [tags.GetMetaData(tag) for tag in ("0008|103e", "0018|1030", "0008|0060") if tags.HasMetaDataKey(tag)]
+    return " ".join("PET" if text.strip() == "PT" else text for text in told)  # DICOM's code for it
 
 
 def has_few_integers(source: Source, most: int = 32) -> bool:

@@ -261,6 +261,14 @@ def test_dicom_series_by_their_descriptions(tmp_path: Path) -> None:
     assert PERSON not in repr(found)
 
 
+def test_dicom_series_by_their_machines(tmp_path: Path) -> None:
+    """PET and CT of the neck, whose descriptions say nothing: PT is DICOM's code."""
+    for number, (machine, text) in enumerate((("CT", "WB 3.0"), ("PT ", "WB 3D AC"), ("MR", "seg"))):
+        dicom(tmp_path / f"set/p1/{number}", mask(), series=str(number + 1), t0008_0060=machine, t0008_103e=text)
+    (case,) = discover(tmp_path / "set").cases
+    assert {key: source.path.name for key, source in case.sources().items()} == {"ct": "0", "pet": "1", "label": "2"}
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
