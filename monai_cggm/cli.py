@@ -527,10 +527,13 @@ def _next_commands(found: Found, survey: Survey, listed: str, *, allow_missing: 
     values = sorted({0, *survey.label_values} | found.named_values)
     spelt = ",".join(f"{value}={number}" for number, value in enumerate(values))
     # What a case's ID or its entry says is not overruled.
-    labels = "" if any(case.told_convention() for case in found.cases) else f" --labels {spelt}"
+    told = sum(case.told_convention() is not None for case in found.cases)
+    labels = "" if told else f" --labels {spelt}"
     options = f"--modalities {','.join(found.modalities)}{labels}"
     if unlabelled:
         return [f"{unlabelled} cases have no label, and monai-cggm check and split want one of every case."]
+    if 0 < told < len(found.cases):
+        return [f"Of {told} cases a label convention is told, of the others not: give these 'labels' in the list."]
     check = f"monai-cggm check {listed} {options}{' --allow-missing' * incomplete}"
     if incomplete:
         return [check, "Some cases lack modalities: a training draws its split itself."]

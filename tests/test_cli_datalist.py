@@ -97,6 +97,7 @@ def test_what_it_says_of_checking_and_splitting_works(tmp_path: Path) -> None:
         ("unlabelled", ["1 cases have no label, and monai-cggm check and split want one of every case."]),
         ("missing", ["check --allow-missing", "Some cases lack modalities: a training draws its split itself."]),
         ("convention", ["check", "split"]),
+        ("one", ["Of 1 cases a label convention is told, of the others not: give these 'labels' in the list."]),
     ],
 )
 def test_what_it_says_where_checking_or_splitting_is_not_for_all(
@@ -113,6 +114,8 @@ def test_what_it_says_where_checking_or_splitting_is_not_for_all(
         cases.append({"case": f"c{number}", **files})
     if spoil == "convention":  # the entries' own, which is not overruled
         cases = [{**case, "labels": "0=0,1=2,2=1"} for case in cases]
+    if spoil == "one":
+        cases[0]["labels"] = "0=0,1=2,2=1"
     held = [cases.pop()] if spoil in ("test part", "unlabelled") else []
     if spoil == "unlabelled":
         del held[0]["label"]

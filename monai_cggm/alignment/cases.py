@@ -128,7 +128,7 @@ def align(
     paths = {case.case_id: _outputs(case, records[case.case_id], folder) for case in good}
     if good:  # an earlier run's list is better than an empty one
         list_cases(replace(found, cases=tuple(good)), paths, folder)
-    unlisted = _unlisted(good, folder)
+    unlisted = _unlisted(good, folder) if good else ()
     write_report(records, refused, unlisted, settings, folder)
     wanted = [*settings.modalities, *([LABEL] if any(case.label for case in cases) else [])]
     lacking = {case.case_id: [key for key in wanted if key not in case.sources()] for case in good}

@@ -29,13 +29,13 @@ _RELEASES = tuple(
     )
 )
 
-_VISITS = r"(ses|visit|tp|time(point)?|day|week|month|year)"
+_VISITS = r"(ses(s|sion)?|visit|tp|time(point)?|day|week|month|year)"
 _STATES = r"(baseline|bl|fu|follow[-_ ]?up|(pre|post|intra)([-_ ]?op)?)"
 _TIME = r"([T_ -]?\d\d[-_:.]?\d\d([-_:.]?\d\d(\.\d+)?)?)?"
 _DATE = rf"((19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d|[0-3]\d[-.][0-3]\d[-.](19|20)\d\d){_TIME}"
 _BIDS = r"ses-\w+"
 #: What may also be patients, numbered: studies, volunteers, or any number after a state of treatment.
-_SCANS = r"(sess|session|scan|exam|study)"
+_SCANS = r"(scan|exam|study)"
 
 #: Whole names of folders. What follows a date is mostly what was scanned.
 _FOLDER = re.compile(
@@ -70,7 +70,7 @@ def patient_of(case_id: str) -> str:
     return case_id
 
 
-def patients_in(case_ids: Sequence[str]) -> list[str]:
+def patients_in(case_ids: Sequence[str], folders: Sequence[Sequence[str]] = ()) -> list[str]:
     """The patient's part of each ID of a data set: without visits and dates, where names tell patients.
 
     Visits and dates are taken from an ID's end, again and again, and from its front where a letter and a digit are
@@ -82,9 +82,10 @@ def patients_in(case_ids: Sequence[str]) -> list[str]:
 
     Args:
         case_ids: of all cases.
+        folders: above each case: names in different folders are different ones; default: none.
 
     Returns:
-        One patient an ID, in the same order.
+        One patient an ID, in the same order, without its folders.
 
     Example:
         >>> patients_in(["p01_ses1", "p02_20200131", "p03_visit1_week2", "sub-01_ses-1", "BraTS-GLI-00000-000"])
@@ -95,12 +96,15 @@ def patients_in(case_ids: Sequence[str]) -> list[str]:
         ['site1_post_01', 'site1_post_02', 'site1_post_03']
     """
     fronts, weak = zip(*map(_without_visits, case_ids), strict=True) if case_ids else ((), ())
-    refused = _refused(fronts, [front != own for front, own in zip(fronts, case_ids, strict=True)], weak)
+    above = ["".join(f"{folder}/" for folder in own) for own in folders] or [""] * len(case_ids)
+    named = [folder + front for folder, front in zip(above, fronts, strict=True)]
+    refused = _refused(named, [front != own for front, own in zip(fronts, case_ids, strict=True)], weak)
     patients = [
-        patient_of(case_id if front.casefold() in refused else front)
-        for case_id, front in zip(case_ids, fronts, strict=True)
+        patient_of(case_id if name.casefold() in refused else front)
+        for case_id, front, name in zip(case_ids, fronts, named, strict=True)
     ]
-    if len(case_ids) > 2 > len({patient.casefold() for patient in patients}):
+    different = {(folder + patient).casefold() for folder, patient in zip(above, patients, strict=True)}
+    if len(case_ids) > 2 > len(different):
         patients = [patient_of(case_id) for case_id in case_ids]
     spelling: dict[str, str] = {}
     return [spelling.setdefault(patient.casefold(), patient) for patient in patients]
@@ -131,8 +135,8 @@ def patients_at(places: Sequence[Sequence[str]]) -> list[str]:
     left = [_without_visit_folders(place, tuple(place[:-1]) in with_visits) for place in places]
     fronts = ["/".join(kept) for kept in left]
     changed = [len(kept) < len(place) for kept, place in zip(left, places, strict=True)]
-    weak = [own and any(map(_is_weak, place)) for own, place in zip(changed, places, strict=True)]
-    refused = _refused(fronts, changed, weak)
+    weak = [own and _is_weak(place[-1]) for own, place in zip(changed, places, strict=True)]
+    refused = _refused(fronts, weak, weak)
     if len(places) > 2 > len(set(map(str.casefold, fronts))):
         refused.update(map(str.casefold, fronts))  # the folder of all of them
     left = [
@@ -144,12 +148,12 @@ def patients_at(places: Sequence[Sequence[str]]) -> list[str]:
     recurring = len(leaves) < len(others) and len(parents) >= len(leaves)
     few = len(parents) > 2 and median(parents.values()) <= MOST_VISITS  # HGG/HGG_001 is no patient's folder
     for index, (place, kept) in enumerate(zip(places, left, strict=True)):
-        if len(kept) == len(place) > 1:
+        if len(kept) == len(place) > 1 and not is_visit(place[-2]):
             own, folder = place[-1], place[-2]
             versions = recurring and (_number(folder) or not _number(own))
             if own == folder or versions or (few and own.startswith(folder)):
                 left[index] = kept[:-1]
-    ends = patients_in([kept[-1] for kept in left])
+    ends = patients_in([kept[-1] for kept in left], [kept[:-1] for kept in left])
     return _short_names([(*kept[:-1], name) for kept, name in zip(left, ends, strict=True)])
 
 

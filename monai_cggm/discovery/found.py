@@ -231,11 +231,12 @@ class CasesFiles:
         self._known: dict[tuple[str, str], tuple[int, int]] = {}
 
     def best(self, key: str, patterns: Iterable[str]) -> tuple[str | None, int]:
-        """The pattern that gives most cases one file, the first of several, and how many have none or two by it."""
+        """The pattern that gives most cases one file, and how many then have none or two, as far as it was tried."""
         best, best_worth = None, (-1, 0)
         for pattern in patterns:
-            if best is not None and len(self._known) >= _MOST_TRIED and (key, pattern) not in self._known:
-                continue  # names that differ in each case: the advice for the first cases is read, no other
+            if (key, pattern) not in self._known and sum(known == key for known, _ in self._known) >= _MOST_TRIED:
+                # names that differ in each case: the advice for the first cases is read, no other
+                return best or pattern, 0
             worth = self._worth(key, pattern)
             if worth > best_worth:
                 best, best_worth = pattern, worth
@@ -246,8 +247,6 @@ class CasesFiles:
     def _worth(self, key: str, pattern: str) -> tuple[int, int]:
         """In how many cases with the key a pattern fits one file alone; and less, the more files of no case it fits."""
         if (key, pattern) not in self._known:
-            if len(self._known) >= _MOST_TRIED:
-                return 0, 0
             fitting = Counter(number for number, path in self._paths if fits(path, self._root, pattern))
             good = sum(key in self._keys[number] for number, count in fitting.items() if count == 1)
             self._known[key, pattern] = good, -sum(fits(path, self._root, pattern) for path in self._others)

@@ -136,6 +136,13 @@ def test_the_note_names_patients_with_several_cases() -> None:
         ("HGG/Brats18_X_1 HGG/Brats18_X_2 LGG/Brats18_Y_1", "Brats18_X Brats18_X Brats18_Y"),
         ("site/v01 site/v02 site/v03", "v01 v02 v03"),  # volunteers
         ("v01 v02 v03", "v01 v02 v03"),
+        # names without a digit, where folders are visits for certain
+        ("p01/ses1 p02/ses1 pilot/ses1 pilot/ses2", "p01 p02 pilot pilot"),
+        ("baseline/anna baseline/ben followup/anna followup/ben", "anna ben anna ben"),
+        ("sub-alice/ses-01 sub-alice/ses-02 sub-bob/ses-01", "sub-alice sub-alice sub-bob"),
+        # the same ends in different folders
+        ("A/001_fu1 A/001_fu2 B/001_fu1 B/001_fu2 B/002_fu1", "A_001 A_001 B_001 B_001 B_002"),
+        ("p01/head_ses1 p01/head_ses2 p02/head_ses1 p03/head_ses1", "p01 p01 p02 p03"),
         # a folder of all of them
         ("brain/study_00 brain/study_01 brain/study_02", "study_00 study_01 study_02"),
         ("w/b1/2020-01-03 w/b1/2020-01-04 w/b1/2020-01-05", "2020-01-03 2020-01-04 2020-01-05"),
@@ -161,6 +168,15 @@ def test_folders_of_many_numbered_scans_are_no_patients(count: int) -> None:
         places = [(folder, case.format(number)) for folder in folders for number in range(count)]
         expected = [place[0] if count == 12 else "_".join(place) for place in places]
         assert patients_at(places) == expected
+    for visits in ([f"fu{number}" for number in range(count)], [f"scan{number}" for number in range(count)]):
+        assert patients_at([(visit, p) for visit in visits for p in ("p01", "p02")]) == ["p01", "p02"] * count
+    for visit in ("session{:02d}", "week{}", "2020-01-{:02d}"):  # without a limit
+        places = [(name, visit.format(number)) for name in ("alice", "bob", "carol") for number in range(1, count + 1)]
+        assert patients_at(places) == [name for name, _ in places]
+    sites = [
+        (f"site{letter}", f"00{number}_fu{visit}") for letter in "ABCDEFG" for number in (1, 2) for visit in (1, 2)
+    ]
+    assert patients_at(sites) == [f"{site}_{name[:3]}" for site, name in sites]
     mice = [(f"group{group}", f"m{number:02d}") for group in range(3) for number in range(10)]
     assert patients_at(mice) == ["_".join(place) for place in mice]
     scans = [f"site{site}_scan{number:02d}" for site in range(3) for number in range(count)]
