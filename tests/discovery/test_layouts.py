@@ -18,6 +18,7 @@ import pytest
 from monai_cggm.data.layouts import find_cases, is_safe_id
 from monai_cggm.discovery import Found, discover
 from monai_cggm.discovery import found as found_module
+from monai_cggm.discovery.found import Source
 from monai_cggm.discovery.names import key_of, modality_of, slug_of, vocabulary_of
 from monai_cggm.errors import DataError
 
@@ -847,6 +848,20 @@ def test_patterns_are_tried_on_all_files_a_few_times_only(tmp_path: Path, monkey
             touch(tmp_path / f"p{number}/{name}.nii.gz")
     assert f"so in {cases - 1} more cases" in problem(tmp_path)
     assert sum(count > cases for count in tried.values()) <= 40
+
+
+def test_one_odd_modality_does_not_spoil_the_advice_for_another(tmp_path: Path) -> None:
+    """The tries are counted by modality, and what was not tried is not counted as lost."""
+    cases = []
+    for number in range(60):
+        odd = [Source(tmp_path / f"p{number}_t1_{7919 * number + more}.nii") for more in range(1 + (number < 50))]
+        t2 = [Source(tmp_path / f"p{number}_t2{more}.nii") for more in ("", "_reg")]
+        cases.append({"t1": odd, "t2": t2})
+    files = found_module.CasesFiles(cases, tmp_path)
+    tried = [files.best("t1", [f"*_{7919 * number}.nii"]) for number in range(50)]
+    assert tried[:40] == [(f"*_{7919 * number}.nii", 59) for number in range(40)]
+    assert tried[40:] == [(f"*_{7919 * number}.nii", 0) for number in range(40, 50)]
+    assert files.best("t2", ["*_t2.nii"]) == ("*_t2.nii", 0)
 
 
 def test_the_advised_pattern_leaves_files_of_no_case_alone(tmp_path: Path) -> None:
