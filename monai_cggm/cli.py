@@ -531,9 +531,11 @@ def _next_commands(found: Found, survey: Survey, listed: str, *, allow_missing: 
     labels = "" if told else f" --labels {spelt}"
     options = f"--modalities {','.join(found.modalities)}{labels}"
     if unlabelled:
-        return [f"{unlabelled} cases have no label, and monai-cggm check and split want one of every case."]
+        return [f"Without a label: {unlabelled} of {len(found.cases)} cases; check and split want one of every case."]
     if 0 < told < len(found.cases):
-        return [f"Of {told} cases a label convention is told, of the others not: give these 'labels' in the list."]
+        return [
+            f"A label convention is told of {told} of {len(found.cases)} cases: give the others 'labels' in the list."
+        ]
     check = f"monai-cggm check {listed} {options}{' --allow-missing' * incomplete}"
     if incomplete:
         return [check, "Some cases lack modalities: a training draws its split itself."]

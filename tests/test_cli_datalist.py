@@ -94,10 +94,10 @@ def test_what_it_says_of_checking_and_splitting_works(tmp_path: Path) -> None:
     ("spoil", "expected"),
     [
         ("test part", ["check", "The data set has parts of its own: new-bundle keeps them."]),
-        ("unlabelled", ["1 cases have no label, and monai-cggm check and split want one of every case."]),
+        ("unlabelled", ["Without a label: 1 of 3 cases; check and split want one of every case."]),
         ("missing", ["check --allow-missing", "Some cases lack modalities: a training draws its split itself."]),
         ("convention", ["check", "split"]),
-        ("one", ["Of 1 cases a label convention is told, of the others not: give these 'labels' in the list."]),
+        ("one", ["A label convention is told of 1 of 3 cases: give the others 'labels' in the list."]),
     ],
 )
 def test_what_it_says_where_checking_or_splitting_is_not_for_all(

@@ -65,8 +65,9 @@ def discover(
         label_pattern: the like for the label.
         modalities: the modalities to use, in this order; words of file names that are no known modality may be among
             them. For a datalist with one 4-D ``image``: the names of its channels.
-        patient_pattern: a regular expression that finds the patient in a case's ID, such as ``p\d+``: its first group,
-            or all of it. By default names of visits and dates tell (:func:`monai_cggm.data.patients.patients_at`).
+        patient_pattern: a regular expression that finds the patient in a case's ID, such as ``p\d+``: its first group
+            that finds something, or all of it, over what a layout or datalist tells. By default names of visits and
+            dates tell (:func:`monai_cggm.data.patients.patients_at`).
         need_label: whether training cases must have a label; then one is also looked for that no name tells.
         allow_missing: whether cases may lack modalities (one is enough).
         keep_bad: judge no case: it may have ``problems`` (such as two files for one modality, or another case's ID),
